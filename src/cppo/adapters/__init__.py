@@ -1,0 +1,1 @@
+"""Adapters into the frameworks people train with, one module a framework; each imports only its own guest."""

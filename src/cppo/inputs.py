@@ -1,0 +1,168 @@
+"""What enters the core: checked once, on shapes and dtypes only, so that nothing makes the host wait for the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .methods import BINARY_DIVERGENCES, METHODS, Method
+from .ops.layout import Layout, PackedLayout, PaddedLayout
+from .ops.reduction import REDUCTIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Checked, detached inputs in one floating dtype."""
+
+    logp: Tensor  # token-shaped
+    rollout_logp: Tensor  # token-shaped
+    advantages: Tensor  # broadcasts against token-shaped
+    divergence: Tensor | None  # token-shaped
+    layout: Layout
+    dtype: torch.dtype
+
+    def log_ratio(self) -> Tensor:
+        """Return log rho_t = logp - rollout_logp, token-shaped; anything outside the mask."""
+        return self.logp - self.rollout_logp
+
+    def usable(self, log_ratio: Tensor) -> Tensor:
+        """Return True at response tokens whose log-ratio, advantage and given divergence are finite."""
+        finite = (log_ratio.abs() < math.inf).logical_and_(self.layout.mask)
+        finite.logical_and_(self.advantages.isfinite())
+        return finite if self.divergence is None else finite.logical_and_(self.divergence.isfinite())
+
+
+def _check_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def _check_floating(name: str, value: object) -> Tensor:
+    tensor = _check_tensor(name, value)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    return tensor
+
+
+def _check_like(name: str, tensor: Tensor, logp: Tensor) -> None:
+    if tensor.shape != logp.shape:
+        raise ValueError(f"{name}: expected logp's shape {list(logp.shape)}, got {list(tensor.shape)}")
+    if tensor.device != logp.device:
+        raise ValueError(f"{name}: expected logp's device {logp.device}, got {tensor.device}")
+
+
+def _check_mask(mask: object, logp: Tensor) -> Tensor:
+    tensor = _check_tensor("response_mask", mask)
+    _check_like("response_mask", tensor, logp)
+    if tensor.is_complex():
+        raise TypeError(f"response_mask: expected bool, integer or floating 0/1, got {tensor.dtype}")
+    return tensor if tensor.dtype == torch.bool else tensor != 0
+
+
+def _check_lengths(lengths: Tensor | Sequence[int], logp: Tensor) -> Tensor:
+    try:
+        tensor = lengths if isinstance(lengths, Tensor) else torch.tensor(lengths, dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"lengths={lengths!r}: expected integers, one a response") from error
+    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise ValueError(f"lengths: expected integers [B], got {tensor.dtype} {list(tensor.shape)}")
+    if tensor.device.type == "cpu":  # on an accelerator, looking would stall it
+        if tensor.numel() and int(tensor.min()) < 0:
+            raise ValueError(f"lengths: expected no negative length, got {int(tensor.min())}")
+        if int(tensor.sum()) != logp.shape[0]:
+            raise ValueError(f"lengths: expected a sum of N = {logp.shape[0]} (logp's length), got {int(tensor.sum())}")
+    return tensor.to(device=logp.device, dtype=torch.int64)
+
+
+def _build_layout(logp: Tensor, mask: Tensor | None, lengths: Tensor | Sequence[int] | None) -> Layout:
+    if lengths is None:
+        if logp.dim() != 2:
+            raise ValueError(
+                f"logp: expected [B, T] (padded), or [N] with lengths= (packed), got {list(logp.shape)} without lengths"
+            )
+        everything = torch.ones(logp.shape, dtype=torch.bool, device=logp.device) if mask is None else mask
+        return PaddedLayout(everything)
+    if logp.dim() != 1:
+        raise ValueError(f"logp: expected [N] (packed) because lengths was given, got {list(logp.shape)}")
+    return PackedLayout(_check_lengths(lengths, logp), logp.shape[0], mask)
+
+
+def _broadcast_advantages(advantages: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    responses = layout.lengths.shape[0]
+    # [B] is one number a response, also where B happens to equal N: a packed token tensor of B one-token responses
+    # means the same.
+    if advantages.shape == (responses,):
+        return layout.spread(advantages.to(dtype))
+    if advantages.shape == layout.shape or (len(layout.shape) == 2 and advantages.shape == (responses, 1)):
+        return advantages.to(dtype)
+    raise ValueError(
+        f"advantages: expected [B] = [{responses}] or the token shape {list(layout.shape)}, got {list(advantages.shape)}"
+    )
+
+
+def check_batch(
+    method: Method,
+    logp: Tensor,
+    rollout_logp: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor | None,
+    lengths: Tensor | Sequence[int] | None,
+    divergence: Tensor | None,
+) -> Batch:
+    """Check the arguments of ``decide`` and bring them into one form; errors name argument, value, expectation."""
+    if type(method) not in METHODS.values():
+        raise TypeError(f"method={method!r}: expected one of {', '.join(c.__name__ for c in METHODS.values())}")
+    logp = _check_floating("logp", logp).detach()
+    if rollout_logp is None:
+        raise ValueError("rollout_logp: expected the sampler's log-probs, got None; the ratio and D need both policies")
+    rollout_logp = _check_floating("rollout_logp", rollout_logp).detach()
+    _check_like("rollout_logp", rollout_logp, logp)
+    advantages = _check_floating("advantages", advantages).detach()
+    if advantages.device != logp.device:
+        raise ValueError(f"advantages: expected logp's device {logp.device}, got {advantages.device}")
+    needed = getattr(method, "divergence", None)
+    if needed is None or divergence is None:
+        if needed is not None and needed not in BINARY_DIVERGENCES:
+            raise ValueError(
+                f"divergence: {type(method).__name__}(divergence={needed!r}) needs the measured token-shaped tensor "
+                f"{list(logp.shape)}, got None"
+            )
+    else:
+        divergence = _check_floating("divergence", divergence).detach()
+        _check_like("divergence", divergence, logp)
+    if needed is None and divergence is not None:
+        raise ValueError(f"divergence: {type(method).__name__} uses none, got a tensor")
+    dtype = torch.promote_types(torch.promote_types(logp.dtype, rollout_logp.dtype), torch.float32)
+    mask = None if response_mask is None else _check_mask(response_mask, logp)
+    layout = _build_layout(logp, mask, lengths)
+    return Batch(
+        logp=logp.to(dtype),
+        rollout_logp=rollout_logp.to(dtype),
+        advantages=_broadcast_advantages(advantages, layout, dtype),
+        divergence=None if divergence is None else divergence.to(dtype),
+        layout=layout,
+        dtype=dtype,
+    )
+
+
+def check_reduction(reduction: str, denominator: float | Tensor | None, fixed_length: int | None) -> None:
+    """Check the reduction's arguments of ``policy_loss``."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r}: expected one of {', '.join(REDUCTIONS)}")
+    if isinstance(denominator, Tensor):
+        if denominator.dim() != 0:
+            raise ValueError(f"denominator: expected a number or a 0-d tensor, got shape {list(denominator.shape)}")
+    elif denominator is not None and not 0 < denominator < math.inf:
+        raise ValueError(f"denominator={denominator!r}: expected a positive finite number")
+    if (reduction == "fixed-length") != (fixed_length is not None):
+        raise ValueError(
+            f"fixed_length={fixed_length!r}: expected a positive integer with reduction='fixed-length', else None "
+            f"(reduction={reduction!r})"
+        )
+    if fixed_length is not None and (isinstance(fixed_length, bool) or not isinstance(fixed_length, int) or fixed_length < 1):
+        raise ValueError(f"fixed_length={fixed_length!r}: expected a positive integer")

@@ -1,0 +1,1 @@
+"""Looking at a run: the rollout log format, plots, the report page."""

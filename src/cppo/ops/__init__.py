@@ -1,0 +1,1 @@
+"""Pure functions of tensors: layout, divergence, account, gates, ratios, reduction."""

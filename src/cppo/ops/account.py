@@ -1,0 +1,98 @@
+"""The token account of one response: weights, budget, running balance, threshold (METHOD sections 2 and 4).
+
+Token t deposits delta_b w_t and spends Z_t = w_t D_t. U_t = delta_b W_t - S_t is the balance; a token may spend
+c_t = min(delta, delta + U_{t-1}): never more than delta at once, never more than delta beyond what the prefix saved.
+U itself is accumulated, in float64: S and delta_b W both grow with T while U stays small, and their float32
+difference would lose the digits that decide.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import Layout, accumulation_dtype
+
+
+def linear_position_weight(layout: Layout, w_min: float, dtype: torch.dtype) -> Tensor:
+    """Return w_t = 1 - (1 - w_min) (t - 1) / (T - 1), Eq. 9; 1 for T = 1. Undefined outside the mask."""
+    return _linear_weight(layout.position(dtype), layout, w_min, dtype)
+
+
+def shuffled_position_weight(layout: Layout, w_min: float, dtype: torch.dtype, salt: Tensor) -> Tensor:
+    """Return the linear weights, permuted within each response (the paper's ablation).
+
+    The permutation is a function of the response alone: tokens are ranked by a hash of (t, the response's ``salt``),
+    so the same response gets the same weights in any batch, layout and call. A full sort; for the ablation only.
+
+    Args:
+        layout: the batch.
+        w_min: the smallest weight, in (0, 1].
+        dtype: dtype of the weights.
+        salt: int64 ``[B]``, one number per response.
+    """
+    t = layout.position(torch.float64).to(torch.int64)
+    key = _mix(t + _mix(layout.spread(salt)))
+    return _linear_weight(layout.rank(key).to(dtype), layout, w_min, dtype)
+
+
+def _linear_weight(index: Tensor, layout: Layout, w_min: float, dtype: torch.dtype) -> Tensor:
+    slope = (1.0 - w_min) / (layout.lengths - 1).clamp(min=1).to(dtype)
+    return index.mul_(layout.spread(slope)).neg_().add_(1.0)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scramble int64s (the finaliser of splitmix64), wrapping on overflow."""
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    x = (x ^ (x >> 27)) * -7723592293110705685
+    return x ^ (x >> 31)
+
+
+def adaptive_budget(divergence: Tensor, layout: Layout, b_min: float) -> Tensor:
+    """Return delta_b = clamp(P90(D_1..D_T), b_min, 2 b_min) per response, ``[B]``, Eq. 22.
+
+    P90 interpolates linearly between order statistics. An empty response gets b_min.
+    """
+    lower, upper, weight = layout.order_statistics(divergence, 9, 10)
+    quantile = lower + weight.to(lower.dtype) * (upper - lower)
+    return quantile.clamp(min=b_min, max=2 * b_min)
+
+
+def prior_account(position_weight: Tensor, weighted_divergence: Tensor, delta_b: Tensor | float, layout: Layout) -> Tensor:
+    """Return U_{t-1} = delta_b W_{t-1} - S_{t-1}, the balance before each token, accumulated in float64.
+
+    Args:
+        position_weight: w_t, token-shaped; anything outside the mask.
+        weighted_divergence: Z_t, token-shaped, finite; anything outside the mask.
+        delta_b: the budget, a number or ``[B]``.
+        layout: the batch.
+    """
+    flow = position_weight.to(accumulation_dtype(position_weight.device), copy=True)
+    flow.mul_(layout.spread(delta_b) if isinstance(delta_b, Tensor) else delta_b)
+    flow.sub_(weighted_divergence).masked_fill_(~layout.mask, 0.0)
+    return layout.prior_sum_(flow)
+
+
+def threshold(prior_account: Tensor, delta: float) -> Tensor:
+    """Return c_t = min(delta, delta + U_{t-1}), Eq. 8. Can be negative."""
+    return (prior_account + delta).clamp_(max=delta)
+
+
+def excess(
+    position_weight: Tensor,
+    weighted_divergence: Tensor,
+    prior_account: Tensor,
+    delta: float,
+    delta_b: Tensor | float,
+    layout: Layout,
+) -> Tensor:
+    """Return x_t = max(Z_t / delta, S_t / (delta + delta_b W_{t-1})), Eq. 19; <= 1 exactly when Z_t <= c_t.
+
+    The second term is written 1 + (Z_t - delta - U_{t-1}) / (delta + delta_b W_{t-1}), which is the same number and
+    keeps the digits of U.
+    """
+    weights = position_weight.to(prior_account.dtype, copy=True).masked_fill_(~layout.mask, 0.0)
+    allowance = layout.prior_sum_(weights)
+    allowance.mul_(layout.spread(delta_b) if isinstance(delta_b, Tensor) else delta_b).add_(delta)
+    by_prefix = (weighted_divergence - delta - prior_account).div_(allowance).add_(1.0)
+    return torch.maximum(weighted_divergence / delta, by_prefix)
