@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .methods import BINARY_DIVERGENCES, METHODS, Method
 from .ops.layout import Layout, PackedLayout, PaddedLayout
+from .ops.masking import bit_mask, zero_outside_
 from .ops.reduction import REDUCTIONS
 
 
@@ -20,20 +21,41 @@ class Batch:
 
     logp: Tensor  # token-shaped
     rollout_logp: Tensor  # token-shaped
-    advantages: Tensor  # broadcasts against token-shaped
+    advantages: Tensor  # broadcasts against token-shaped; finite, 0 where they were not
+    advantages_finite: Tensor  # bool, like advantages
     divergence: Tensor | None  # token-shaped
     layout: Layout
     dtype: torch.dtype
 
-    def log_ratio(self) -> Tensor:
-        """Return log rho_t = logp - rollout_logp, token-shaped; anything outside the mask."""
-        return self.logp - self.rollout_logp
+    def tokens(self) -> Tokens:
+        """Return the tokens that can be judged, and their log-ratios."""
+        log_ratio = self.logp - self.rollout_logp
+        usable = (log_ratio.abs() < math.inf).logical_and_(self.layout.mask).logical_and_(self.advantages_finite)
+        if self.divergence is not None:
+            usable.logical_and_(self.divergence.isfinite())
+        bits = bit_mask(usable, self.dtype)
+        return Tokens(usable, bits, zero_outside_(log_ratio, bits))
 
-    def usable(self, log_ratio: Tensor) -> Tensor:
-        """Return True at response tokens whose log-ratio, advantage and given divergence are finite."""
-        finite = (log_ratio.abs() < math.inf).logical_and_(self.layout.mask)
-        finite.logical_and_(self.advantages.isfinite())
-        return finite if self.divergence is None else finite.logical_and_(self.divergence.isfinite())
+    def select(self, responses: slice, tokens: slice) -> Batch:
+        """Return one block of the batch (see ``Layout.blocks``), as views."""
+        return Batch(
+            logp=self.logp[tokens],
+            rollout_logp=self.rollout_logp[tokens],
+            advantages=self.advantages[tokens],
+            advantages_finite=self.advantages_finite[tokens],
+            divergence=None if self.divergence is None else self.divergence[tokens],
+            layout=self.layout.select(responses, tokens),
+            dtype=self.dtype,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """What can be judged of a batch: response tokens whose log-probs, advantage and given divergence are finite."""
+
+    usable: Tensor  # bool, token-shaped
+    bits: Tensor  # the same as a bit mask of the batch's dtype
+    log_ratio: Tensor  # log rho_t = logp - rollout_logp; 0 where not usable
 
 
 def _check_tensor(name: str, value: object) -> Tensor:
@@ -101,7 +123,7 @@ def _broadcast_advantages(advantages: Tensor, layout: Layout, dtype: torch.dtype
     if advantages.shape == layout.shape or (len(layout.shape) == 2 and advantages.shape == (responses, 1)):
         return advantages.to(dtype)
     raise ValueError(
-        f"advantages: expected [B] = [{responses}] or the token shape {list(layout.shape)}, got {list(advantages.shape)}"
+        f"advantages: expected [B] = [{responses}] or token-shaped {list(layout.shape)}, got {list(advantages.shape)}"
     )
 
 
@@ -140,10 +162,12 @@ def check_batch(
     dtype = torch.promote_types(torch.promote_types(logp.dtype, rollout_logp.dtype), torch.float32)
     mask = None if response_mask is None else _check_mask(response_mask, logp)
     layout = _build_layout(logp, mask, lengths)
+    advantages = _broadcast_advantages(advantages, layout, dtype)
     return Batch(
         logp=logp.to(dtype),
         rollout_logp=rollout_logp.to(dtype),
-        advantages=_broadcast_advantages(advantages, layout, dtype),
+        advantages=advantages.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0),
+        advantages_finite=advantages.isfinite(),
         divergence=None if divergence is None else divergence.to(dtype),
         layout=layout,
         dtype=dtype,
@@ -164,5 +188,7 @@ def check_reduction(reduction: str, denominator: float | Tensor | None, fixed_le
             f"fixed_length={fixed_length!r}: expected a positive integer with reduction='fixed-length', else None "
             f"(reduction={reduction!r})"
         )
-    if fixed_length is not None and (isinstance(fixed_length, bool) or not isinstance(fixed_length, int) or fixed_length < 1):
+    if fixed_length is not None and (
+        isinstance(fixed_length, bool) or not isinstance(fixed_length, int) or fixed_length < 1
+    ):
         raise ValueError(f"fixed_length={fixed_length!r}: expected a positive integer")

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .objective import Decision
 
 
-
 @torch.no_grad()
 def decision_metrics(decision: Decision) -> dict[str, Tensor]:
     """Return the metrics of one decision.
@@ -35,10 +34,10 @@ def decision_metrics(decision: Decision) -> dict[str, Tensor]:
     """
     batch, trace = decision.batch, decision.trace
     mask = batch.layout.mask
-    log_ratio = batch.log_ratio()
-    usable = batch.usable(log_ratio)
-    tokens = mask.sum()
-    count = tokens.clamp(min=1)
+    tokens = batch.tokens()
+    usable, log_ratio = tokens.usable, tokens.log_ratio
+    response_tokens = mask.sum()
+    count = response_tokens.clamp(min=1)
     broken = mask & ~usable
     rejected = (decision.rejected_by > 0) & usable
     rejections = rejected.sum()
@@ -57,7 +56,7 @@ def decision_metrics(decision: Decision) -> dict[str, Tensor]:
         "ratio/mean": mean(ratio),
         "ratio/max": _max(torch.where(usable, ratio, 0.0)),
         "ratio/kl_k3": mean(ratio - 1 - log_ratio),
-        "input/tokens": tokens,
+        "input/tokens": response_tokens,
         "input/responses": (batch.layout.lengths > 0).sum(),
         "input/nonfinite": broken.sum(),
         "input/first_nonfinite": _first(broken.reshape(-1)),

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .layout import Layout, accumulation_dtype
+from .masking import bit_mask, zero_outside_
 
 
 def linear_position_weight(layout: Layout, w_min: float, dtype: torch.dtype) -> Tensor:
-    """Return w_t = 1 - (1 - w_min) (t - 1) / (T - 1), Eq. 9; 1 for T = 1. Undefined outside the mask."""
+    """Return w_t = 1 - (1 - w_min) (t - 1) / (T - 1), Eq. 9; 1 for T = 1; 0 outside the mask."""
     return _linear_weight(layout.position(dtype), layout, w_min, dtype)
 
 
@@ -38,7 +39,8 @@ def shuffled_position_weight(layout: Layout, w_min: float, dtype: torch.dtype, s
 
 def _linear_weight(index: Tensor, layout: Layout, w_min: float, dtype: torch.dtype) -> Tensor:
     slope = (1.0 - w_min) / (layout.lengths - 1).clamp(min=1).to(dtype)
-    return index.mul_(layout.spread(slope)).neg_().add_(1.0)
+    weight = index.mul_(layout.spread(slope)).neg_().add_(1.0)
+    return zero_outside_(weight, bit_mask(layout.mask, dtype))
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -53,24 +55,23 @@ def adaptive_budget(divergence: Tensor, layout: Layout, b_min: float) -> Tensor:
 
     P90 interpolates linearly between order statistics. An empty response gets b_min.
     """
-    lower, upper, weight = layout.order_statistics(divergence, 9, 10)
-    quantile = lower + weight.to(lower.dtype) * (upper - lower)
-    return quantile.clamp(min=b_min, max=2 * b_min)
+    return layout.clamped_percentile(divergence, 90, b_min, 2 * b_min)
 
 
-def prior_account(position_weight: Tensor, weighted_divergence: Tensor, delta_b: Tensor | float, layout: Layout) -> Tensor:
+def prior_account(
+    position_weight: Tensor, weighted_divergence: Tensor, delta_b: Tensor | float, layout: Layout
+) -> Tensor:
     """Return U_{t-1} = delta_b W_{t-1} - S_{t-1}, the balance before each token, accumulated in float64.
 
     Args:
-        position_weight: w_t, token-shaped; anything outside the mask.
-        weighted_divergence: Z_t, token-shaped, finite; anything outside the mask.
+        position_weight: w_t, token-shaped; 0 outside the mask.
+        weighted_divergence: Z_t, token-shaped, finite; 0 outside the mask.
         delta_b: the budget, a number or ``[B]``.
         layout: the batch.
     """
     flow = position_weight.to(accumulation_dtype(position_weight.device), copy=True)
     flow.mul_(layout.spread(delta_b) if isinstance(delta_b, Tensor) else delta_b)
-    flow.sub_(weighted_divergence).masked_fill_(~layout.mask, 0.0)
-    return layout.prior_sum_(flow)
+    return layout.prior_sum_(flow.sub_(weighted_divergence))
 
 
 def threshold(prior_account: Tensor, delta: float) -> Tensor:
@@ -91,8 +92,7 @@ def excess(
     The second term is written 1 + (Z_t - delta - U_{t-1}) / (delta + delta_b W_{t-1}), which is the same number and
     keeps the digits of U.
     """
-    weights = position_weight.to(prior_account.dtype, copy=True).masked_fill_(~layout.mask, 0.0)
-    allowance = layout.prior_sum_(weights)
+    allowance = layout.prior_sum_(position_weight.to(prior_account.dtype, copy=True))
     allowance.mul_(layout.spread(delta_b) if isinstance(delta_b, Tensor) else delta_b).add_(delta)
     by_prefix = (weighted_divergence - delta - prior_account).div_(allowance).add_(1.0)
     return torch.maximum(weighted_divergence / delta, by_prefix)

@@ -8,12 +8,13 @@ tool spans inside a response and batch neighbours change nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .selection import padded_order_statistics, packed_order_statistics
+from .selection import packed_clamped_percentile, padded_clamped_percentile
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
@@ -28,8 +29,19 @@ class Layout(Protocol):
     mask: Tensor  # bool, token: True = the policy wrote this token
     lengths: Tensor  # int64 [B]: response tokens of each response (T in the formulas)
 
+    def blocks(self, tokens: int) -> Iterator[tuple[slice, slice]]:
+        """Yield (responses, tokens) slices that cut the batch into about so many tokens each, between responses.
+
+        Reads the packed lengths on the host, so it is for CPU tensors only.
+        """
+        ...
+
+    def select(self, responses: slice, tokens: slice) -> Layout:
+        """Return the layout of one block."""
+        ...
+
     def position(self, dtype: torch.dtype) -> Tensor:
-        """Return t - 1 for each response token: how many response tokens stand before it (undefined elsewhere)."""
+        """Return t - 1 for each response token: how many response tokens stand before it (finite elsewhere)."""
         ...
 
     def spread(self, per_response: Tensor) -> Tensor:
@@ -41,18 +53,17 @@ class Layout(Protocol):
         ...
 
     def prior_sum_(self, values: Tensor) -> Tensor:
-        """Return the exclusive running sum within each response. Consumes ``values``, which is zero outside the mask."""
+        """Return the exclusive running sum within each response. ``values`` is zero outside the mask."""
         ...
 
     def rank(self, keys: Tensor) -> Tensor:
         """Return each response token's 0-based rank among its response's int64 keys (undefined elsewhere)."""
         ...
 
-    def order_statistics(self, values: Tensor, numerator: int, denominator: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the two order statistics around a quantile of each response's masked values, and the weight between.
+    def clamped_percentile(self, values: Tensor, percent: int, low: float, high: float) -> Tensor:
+        """Return clamp(percentile of each response's values, low, high), ``[B]``; ``low`` for an empty response.
 
-        The quantile is ``numerator / denominator``; its rank ``q (T - 1)`` is computed in integers, so it is exact.
-        ``values`` must be >= 0 on the mask; anything elsewhere.
+        ``values`` must be >= 0, and 0 outside the mask. Linear interpolation between order statistics.
         """
         ...
 
@@ -65,8 +76,17 @@ class PaddedLayout:
         self.mask = mask
         self.lengths = mask.sum(dim=1)
 
+    def blocks(self, tokens: int) -> Iterator[tuple[slice, slice]]:
+        rows = max(1, tokens // max(1, self.shape[1]))
+        for start in range(0, self.shape[0], rows):
+            block = slice(start, min(start + rows, self.shape[0]))
+            yield block, block
+
+    def select(self, responses: slice, tokens: slice) -> Layout:
+        return PaddedLayout(self.mask[responses])
+
     def position(self, dtype: torch.dtype) -> Tensor:
-        return self.mask.cumsum(dim=1, dtype=dtype).sub_(1)
+        return self.mask.cumsum(dim=1, dtype=torch.int32).sub_(1).to(dtype)
 
     def spread(self, per_response: Tensor) -> Tensor:
         return per_response[:, None]
@@ -84,8 +104,8 @@ class PaddedLayout:
         order = torch.where(self.mask, keys, torch.iinfo(keys.dtype).max).argsort(dim=1, stable=True)
         return order.argsort(dim=1)
 
-    def order_statistics(self, values: Tensor, numerator: int, denominator: int) -> tuple[Tensor, Tensor, Tensor]:
-        return padded_order_statistics(values, self.mask, self.lengths, numerator, denominator)
+    def clamped_percentile(self, values: Tensor, percent: int, low: float, high: float) -> Tensor:
+        return padded_clamped_percentile(values, self.mask, self.lengths, percent, low, high)
 
 
 class PackedLayout:
@@ -93,9 +113,12 @@ class PackedLayout:
 
     def __init__(self, segment_lengths: Tensor, tokens: int, mask: Tensor | None) -> None:
         self.shape = torch.Size([tokens])
+        self._segment_lengths = segment_lengths
         responses = segment_lengths.shape[0]
         self.response = torch.repeat_interleave(
-            torch.arange(responses, device=segment_lengths.device, dtype=torch.int32), segment_lengths, output_size=tokens
+            torch.arange(responses, device=segment_lengths.device, dtype=torch.int32),
+            segment_lengths,
+            output_size=tokens,
         )
         self._ends = segment_lengths.cumsum(0)
         self._starts = self._ends - segment_lengths
@@ -104,6 +127,18 @@ class PackedLayout:
             mask = torch.ones(tokens, dtype=torch.bool, device=segment_lengths.device)
         self.mask = mask
         self.lengths = segment_lengths if self._dense else self.total(mask.to(torch.int64))
+
+    def blocks(self, tokens: int) -> Iterator[tuple[slice, slice]]:
+        first, start, end = 0, 0, 0
+        for index, length in enumerate(self._segment_lengths.tolist()):
+            end += length
+            if end - start >= tokens or index == len(self._segment_lengths) - 1:
+                yield slice(first, index + 1), slice(start, end)
+                first, start = index + 1, end
+
+    def select(self, responses: slice, tokens: slice) -> Layout:
+        mask = None if self._dense else self.mask[tokens]
+        return PackedLayout(self._segment_lengths[responses], tokens.stop - tokens.start, mask)
 
     def _at(self, running: Tensor, index: Tensor) -> Tensor:
         # The running sum up to, not including, each index: running[index - 1], and 0 at index 0.
@@ -132,7 +167,9 @@ class PackedLayout:
         if self.shape[0] > 1:
             torch.cumsum(values[:-1], dim=0, out=running[1:])
         # An empty last response starts at N, where there is no token; nothing is spread from it.
-        offsets = running[self._starts.clamp(max=max(self.shape[0] - 1, 0))] if self.shape[0] else self._starts.to(running)
+        offsets = (
+            running[self._starts.clamp(max=max(self.shape[0] - 1, 0))] if self.shape[0] else self._starts.to(running)
+        )
         return running.sub_(self.spread(offsets))
 
     def rank(self, keys: Tensor) -> Tensor:
@@ -140,5 +177,5 @@ class PackedLayout:
         order = order[self.response[order].argsort(stable=True)]
         return order.argsort() - self.spread(self._starts)
 
-    def order_statistics(self, values: Tensor, numerator: int, denominator: int) -> tuple[Tensor, Tensor, Tensor]:
-        return packed_order_statistics(values, self.mask, self.response, self.lengths, numerator, denominator)
+    def clamped_percentile(self, values: Tensor, percent: int, low: float, high: float) -> Tensor:
+        return packed_clamped_percentile(values, self.mask, self.response, self.lengths, percent, low, high)

@@ -23,40 +23,37 @@ class _LinearLoss(torch.autograd.Function):
         return weights.sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
         (weights,) = ctx.saved_tensors
         return (weights * upstream).to(ctx.dtype), None
 
 
-def loss_weights(
-    coefficient: Tensor,
-    advantages: Tensor,
-    layout: Layout,
-    reduction: Reduction,
-    denominator: float | Tensor | None,
-    fixed_length: int | None,
+def loss_denominator(layout: Layout, reduction: Reduction, denominator: float | Tensor | None) -> Tensor:
+    """Return what the sum over tokens is divided by, 0-d: tokens (token-mean) or non-empty responses, at least 1.
+
+    ``denominator``, where given, is returned instead.
+    """
+    if denominator is not None:
+        return torch.as_tensor(denominator)
+    count = layout.lengths.sum() if reduction == "token-mean" else (layout.lengths > 0).sum()
+    return count.clamp(min=1)
+
+
+def loss_weights_(
+    signed: Tensor, layout: Layout, reduction: Reduction, denominator: Tensor, fixed_length: int | None
 ) -> Tensor:
-    """Return -k_t A_t / denominator, token-shaped, no gradient; 0 outside the response.
+    """Turn k_t A_t in place into -k_t A_t / denominator and return it.
 
     token-mean divides by the number of response tokens (DAPO); sequence-mean by the number of non-empty responses
     times the response's own length (GRPO); fixed-length by that number times ``fixed_length`` (Dr. GRPO).
-    ``denominator`` replaces the token count in the first and the response count in the others.
     """
-    if denominator is None:
-        count = layout.lengths.sum() if reduction == "token-mean" else (layout.lengths > 0).sum()
-        denominator = count.clamp(min=1).to(coefficient.dtype)
-    # A coefficient of 0 meets any advantage, an infinite one included, as 0.
-    signed = torch.where(coefficient > 0, advantages, 0.0)
-    weights = signed.mul_(coefficient).neg_()
     if reduction == "sequence-mean":
-        weights.div_(layout.spread(layout.lengths.clamp(min=1).to(weights.dtype)))
-    elif reduction == "fixed-length" and fixed_length is not None:
-        weights.div_(fixed_length)
-    return weights.div_(denominator)
+        signed.div_(layout.spread(layout.lengths.clamp(min=1).to(signed.dtype)))
+    return signed.div_(-denominator if fixed_length is None else -denominator * fixed_length)
 
 
 def linear_loss(logp: Tensor, weights: Tensor) -> Tensor:
     """Return the 0-d loss sum(weights) = -sum k_t A_t / denominator, whose gradient w.r.t. ``logp`` is ``weights``."""
-    loss: Tensor = _LinearLoss.apply(logp, weights)
+    loss: Tensor = _LinearLoss.apply(logp, weights)  # type: ignore[no-untyped-call]
     return loss

@@ -1,8 +1,8 @@
-"""Exact order statistics within each response, without a full sort and without asking the device for a number.
+"""The clamped percentile of each response's values: exact, without a full sort, without asking a device for a number.
 
-The adaptive budget needs the 90th percentile of each response's divergence. Sorting costs more than the rest of the
-mask together. Padded rows take the largest tenth (``topk``); packed tokens, whose widths only the device knows, take a
-radix selection over the bits of the values (the bits of non-negative floats sort like the floats).
+The adaptive budget is clamp(P90(D), b, 2 b). Sorting costs more than the rest of the mask together. Padded rows take
+the largest tenth (``topk``), on a CPU only in the rows that counting does not decide. Packed tokens, whose widths only
+the device knows, take a radix selection: the bits of non-negative floats sort like the floats.
 """
 
 from __future__ import annotations
@@ -10,65 +10,82 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .masking import as_dtype, bit_mask
+
 _RADIX_BITS = 8
 _BINS = 1 << _RADIX_BITS
 
 
-def quantile_ranks(lengths: Tensor, numerator: int, denominator: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the 0-based ranks below and above the quantile ``q = numerator / denominator``, and the weight between.
+def percentile_ranks(lengths: Tensor, percent: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the 0-based ranks below and above the percentile, and the weight of the upper one.
 
-    rank = q (T - 1), in integers: floor, floor + 1 (no further than the last), fraction in [0, 1). Empty responses
-    get ranks 0.
+    rank = percent (T - 1) / 100, in integers, so that it is exact: its floor; one more, no further than the last;
+    its fraction in [0, 1). Empty responses get rank 0.
     """
-    scaled = numerator * (lengths - 1).clamp(min=0)
-    lower = torch.div(scaled, denominator, rounding_mode="floor")
-    upper = torch.minimum(lower + 1, (lengths - 1).clamp(min=0))
-    return lower, upper, (scaled - lower * denominator) / denominator
-
-
-def padded_order_statistics(
-    values: Tensor, mask: Tensor, lengths: Tensor, numerator: int, denominator: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (lower, upper, weight), each ``[B]``, of rows ``[B, T]`` of values >= 0; -1 for a row without tokens."""
-    lower, upper, weight = quantile_ranks(lengths, numerator, denominator)
-    width = values.shape[1]
-    if width == 0:
-        nothing = values.new_full((values.shape[0],), -1.0)
-        return nothing, nothing, weight
-    # The rank counted from the largest value grows with the length, so the full width bounds it on the host.
-    largest = (width - 1) - (numerator * (width - 1)) // denominator + 1
-    # Outside the mask -1, below every value: counted from the largest, those entries are never reached.
-    top = torch.where(mask, values, -1.0).topk(largest, dim=1).values
     last = (lengths - 1).clamp(min=0)
-    return (
-        top.gather(1, (last - lower)[:, None])[:, 0],
-        top.gather(1, (last - upper)[:, None])[:, 0],
-        weight,
-    )
+    scaled = percent * last
+    lower = torch.div(scaled, 100, rounding_mode="floor")
+    return lower, torch.minimum(lower + 1, last), (scaled - 100 * lower) / 100
 
 
-def packed_order_statistics(
-    values: Tensor, mask: Tensor, response: Tensor, lengths: Tensor, numerator: int, denominator: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (lower, upper, weight), each ``[B]``, of tokens ``[N]`` of values >= 0, in a few counting passes.
+def _interpolate(lower: Tensor, upper: Tensor, weight: Tensor, low: float, high: float) -> Tensor:
+    return (lower + weight.to(lower.dtype) * (upper - lower)).clamp_(min=low, max=high)
 
-    Each pass counts, per response, how many values fall into each of 256 bins of the next eight bits and moves the
-    origin to the bin that holds the wanted rank. A value below the origin counts in the first bin and one above in
-    the last, so ranks need no correction. -1 for a response without tokens.
+
+def padded_clamped_percentile(
+    values: Tensor, mask: Tensor, lengths: Tensor, percent: int, low: float, high: float
+) -> Tensor:
+    """Return clamp(percentile, low, high) of each row of ``[B, T]`` values, ``[B]``; see ``Layout``."""
+    if values.shape[1] == 0:
+        return values.new_full((values.shape[0],), low)
+    if values.device.type != "cpu":
+        return _padded_by_topk(values, mask, lengths, percent, low, high)
+    # Counting decides most rows: more than `upper` values up to low, or no more than `lower` below high.
+    lower, upper, _ = percentile_ranks(lengths, percent)
+    padding = values.shape[1] - lengths  # zeros, so counted below both
+    at_low = (values <= low).sum(1) - padding > upper
+    at_high = ((values < high).sum(1) - padding <= lower) & (lengths > 0)
+    result = torch.where(at_high, high, torch.full_like(values[:, 0], low))
+    undecided = (~(at_low | at_high) & (lengths > 0)).nonzero()[:, 0]
+    if len(undecided):
+        result[undecided] = _padded_by_topk(values[undecided], mask[undecided], lengths[undecided], percent, low, high)
+    return result
+
+
+def _padded_by_topk(values: Tensor, mask: Tensor, lengths: Tensor, percent: int, low: float, high: float) -> Tensor:
+    lower, upper, weight = percentile_ranks(lengths, percent)
+    width = values.shape[1]
+    # The rank counted from the largest value grows with the length, so the full width bounds it on the host.
+    largest = width - (percent * (width - 1)) // 100
+    # Outside the mask -1, below every value: counted from the largest, those entries are never reached.
+    top = (values - as_dtype(~mask, values.dtype)).topk(largest, dim=1).values
+    last = (lengths - 1).clamp(min=0)
+    lower_value = top.gather(1, (last - lower)[:, None])[:, 0]
+    upper_value = top.gather(1, (last - upper)[:, None])[:, 0]
+    return _interpolate(lower_value, upper_value, weight, low, high)
+
+
+def packed_clamped_percentile(
+    values: Tensor, mask: Tensor, response: Tensor, lengths: Tensor, percent: int, low: float, high: float
+) -> Tensor:
+    """Return clamp(percentile, low, high) of each response's part of ``[N]`` values, ``[B]``; see ``Layout``.
+
+    Each pass counts, per response, how many values fall into each of 256 bins of the next eight bits, and moves the
+    origin to the bin that holds the wanted rank. A value below the origin counts in a bin before the first and one
+    above in a bin after the last, so ranks need no correction.
     """
-    lower_rank, upper_rank, weight = quantile_ranks(lengths, numerator, denominator)
+    lower_rank, upper_rank, weight = percentile_ranks(lengths, percent)
     integer = torch.int64 if values.dtype == torch.float64 else torch.int32
-    bits = values.abs().view(integer)  # abs: -0.0 has the sign bit set
-    largest = torch.iinfo(integer).max
-    bits = torch.where(mask, bits, largest)
-    responses = lengths.shape[0]
-    stride = _BINS + 2
-    base = response * stride + 1
+    beyond = torch.iinfo(integer).max
+    responses, stride = lengths.shape[0], _BINS + 2
+    # Outside the mask: after every value. (abs: the sign bit of -0.0 must not be read as a number.)
+    bits = values.abs().view(integer) | (bit_mask(~mask, values.dtype) & beyond)
+    first_bin = response * stride + 1
     one = torch.ones(1, dtype=torch.int32, device=values.device).expand(values.shape[0])
     origin = torch.zeros(responses, dtype=integer, device=values.device)
     relative = bits
     for shift in range(torch.iinfo(integer).bits - _RADIX_BITS, -1, -_RADIX_BITS):
-        bins = (relative >> shift).clamp_(-1, _BINS).to(torch.int32).add_(base)
+        bins = (relative >> shift).clamp_(-1, _BINS).to(torch.int32).add_(first_bin)
         counts = torch.zeros(responses * stride, dtype=torch.int32, device=values.device).index_add_(0, bins, one)
         reached = counts.view(responses, stride).cumsum(1)
         digit = ((reached <= lower_rank[:, None]).sum(1) - 1).clamp_(0, _BINS - 1)
@@ -76,16 +93,11 @@ def packed_order_statistics(
         origin = origin + step
         relative = relative - step.index_select(0, response)
     # The origin is now the lower order statistic. The upper one is the same value, or the smallest that exceeds it.
-    up_to = torch.zeros(responses, dtype=torch.int64, device=values.device).index_add_(
-        0, response, (relative <= 0).to(torch.int64)
+    up_to = torch.zeros(responses, dtype=torch.int32, device=values.device).index_add_(
+        0, response, (relative <= 0).to(torch.int32)
     )
-    above = torch.where(relative > 0, bits, largest)
-    successor = torch.full_like(origin, largest).scatter_reduce_(0, response.to(torch.int64), above, "amin")
+    above = torch.where(relative > 0, bits, beyond)
+    successor = torch.full_like(origin, beyond).scatter_reduce_(0, response.to(torch.int64), above, "amin")
     upper = torch.where(up_to > upper_rank, origin, successor)
-    nothing = torch.full_like(weight, -1.0, dtype=values.dtype)
-    empty = lengths == 0
-    return (
-        torch.where(empty, nothing, origin.view(values.dtype)),
-        torch.where(empty, nothing, upper.view(values.dtype)),
-        weight,
-    )
+    result = _interpolate(origin.view(values.dtype), upper.view(values.dtype), weight, low, high)
+    return torch.where(lengths > 0, result, low)

@@ -1,0 +1,160 @@
+"""Time and memory of mask + loss + gradient: this package against a plain autograd version, in one process.
+
+    python benchmarks/mask.py            # the table of docs/performance.md
+    python benchmarks/mask.py --quick    # fewer repeats
+
+CPU time of the calling thread, one thread, medians; each pair is timed alternately, so that the machine's mood hits
+both. Nothing is timed before the two forms agree: where the correctness check is red, no ratio is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+
+import torch
+
+import cppo
+
+DELTA, DELTA_B, W_MIN = 0.15, 0.02, 0.8
+
+
+def plain_autograd(logp, rollout_logp, advantages, mask, *, adaptive):
+    """CPPO written the obvious way on [B, T], letting autograd find the gradient."""
+    ratio = torch.exp(logp - rollout_logp)
+    with torch.no_grad():
+        divergence = (logp.exp() - rollout_logp.exp()).abs() * mask
+        position = mask.cumsum(1) - 1
+        lengths = mask.sum(1, keepdim=True)
+        weight = (1 - (1 - W_MIN) * position / (lengths - 1).clamp(min=1)) * mask
+        spent = weight * divergence
+        delta_b = DELTA_B
+        if adaptive:
+            p90 = torch.nanquantile(divergence.masked_fill(mask == 0, float("nan")), 0.9, dim=1, keepdim=True)
+            delta_b = p90.clamp(DELTA_B, 2 * DELTA_B)
+        prior = (delta_b * weight - spent).cumsum(1) - (delta_b * weight - spent)
+        within = spent <= torch.clamp(DELTA + prior, max=DELTA)
+        keep = (within | (advantages[:, None] * (ratio - 1) <= 0)).float()
+    return -(keep * ratio * advantages[:, None] * mask).sum() / mask.sum()
+
+
+def per_response_loop(logp, rollout_logp, advantages, lengths, *, adaptive):
+    """The packed batch, one response at a time, as several public implementations do it."""
+    loss, start = logp.new_zeros(()), 0
+    for index, length in enumerate(lengths):
+        piece = slice(start, start + length)
+        ones = torch.ones(1, length)
+        loss = loss + length * plain_autograd(
+            logp[None, piece], rollout_logp[None, piece], advantages[index : index + 1], ones, adaptive=adaptive
+        )
+        start += length
+    return loss / start
+
+
+def make_batch(responses, width, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rollout = -torch.empty(responses, width).exponential_(1.0, generator=generator)
+    # Noise of another size in each response, so that the adaptive budget is at its floor, between, and at its ceiling.
+    noise = torch.logspace(-2.3, 0, responses)[torch.randperm(responses, generator=generator), None]
+    logp = (rollout + noise * torch.randn(responses, width, generator=generator)).clamp(max=0)
+    lengths = torch.randint(width // 4, width + 1, (responses,), generator=generator)
+    mask = (torch.arange(width) < lengths[:, None]).float()
+    return logp, rollout, torch.randn(responses, generator=generator), mask, lengths
+
+
+def gradient(form, logp):
+    leaf = logp.clone().requires_grad_()
+    form(leaf).backward()
+    return leaf.grad
+
+
+def cpu_seconds(form, leaf):
+    start = time.thread_time()
+    form(leaf).backward()
+    elapsed = time.thread_time() - start
+    leaf.grad = None
+    return elapsed
+
+
+def compare(name, ours, theirs, logp, tokens, repeats):
+    mine, reference = gradient(ours, logp), gradient(theirs, logp)
+    flipped = ((mine == 0) != (reference == 0)).float().mean().item()
+    error = (mine - reference)[(mine == 0) == (reference == 0)].abs().max().item() / reference.abs().max().item()
+    if flipped > 1e-5 or error > 1e-5:
+        print(f"{name:44s} WRONG: {flipped:.1e} of the decisions differ, gradient error {error:.1e}; no ratio")
+        return
+    leaf = logp.clone().requires_grad_()
+    pairs = [(cpu_seconds(ours, leaf), cpu_seconds(theirs, leaf)) for _ in range(repeats + 1)][1:]
+    mine, reference = (statistics.median(side) * 1e9 / tokens for side in zip(*pairs, strict=True))
+    ratios = sorted(a / b for a, b in pairs)
+    print(
+        f"{name:44s} {mine:7.1f} {reference:7.1f} ns/token   ratio {statistics.median(ratios):.2f} "
+        f"[{ratios[0]:.2f}, {ratios[-1]:.2f}]   {1 / statistics.median(ratios):.1f}x faster"
+    )
+
+
+def resident_bytes(kind):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(kind))
+
+
+def peak_bytes(form, logp):
+    leaf = logp.clone().requires_grad_()
+    form(leaf).backward()  # allocator warm-up; freed blocks of this size go back to the system
+    leaf.grad = None
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as clear:
+        clear.write("5")
+    before = resident_bytes("VmRSS")
+    form(leaf).backward()
+    return resident_bytes("VmHWM") - before
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    repeats = 5 if parser.parse_args().quick else 15
+    torch.set_num_threads(1)
+
+    print("Padded [64, 8192], float32: cppo.policy_loss + backward against plain autograd")
+    logp, rollout, advantages, mask, lengths = make_batch(64, 8192)
+    keep = mask.bool()
+    for adaptive in (False, True):
+        method = cppo.CPPO(delta=DELTA, delta_b=DELTA_B, w_min=W_MIN, budget="adaptive" if adaptive else "fixed")
+        label = "adaptive budget (theirs: nanquantile)" if adaptive else "fixed budget"
+
+        def ours(x, method=method):
+            return cppo.policy_loss(method, x, rollout, advantages, keep).loss
+
+        def theirs(x, adaptive=adaptive):
+            return plain_autograd(x, rollout, advantages, mask, adaptive=adaptive)
+
+        compare(label, ours, theirs, logp, logp.numel(), repeats)
+        print(
+            f"{'  peak extra bytes a token':44s} {peak_bytes(ours, logp) / logp.numel():7.1f} "
+            f"{peak_bytes(theirs, logp) / logp.numel():7.1f}"
+        )
+
+    print("Packed, ragged: one pass against a loop over responses")
+    for responses, width in ((256, 1600), (32, 13000)):
+        logp, rollout, advantages, mask, lengths = make_batch(responses, width)
+        keep = mask.bool()
+        flat, flat_rollout = logp[keep], rollout[keep]
+        for adaptive in (False, True):
+            method = cppo.CPPO(delta=DELTA, delta_b=DELTA_B, w_min=W_MIN, budget="adaptive" if adaptive else "fixed")
+            host = lengths.tolist()
+
+            def ours(x, method=method, flat_rollout=flat_rollout, advantages=advantages, lengths=lengths):
+                return cppo.policy_loss(method, x, flat_rollout, advantages, lengths=lengths).loss
+
+            def theirs(x, adaptive=adaptive, flat_rollout=flat_rollout, advantages=advantages, host=host):
+                return per_response_loop(x, flat_rollout, advantages, host, adaptive=adaptive)
+
+            label = f"T ~ {flat.numel() // responses}, {responses} responses, {method.budget} budget"
+            compare(label, ours, theirs, flat, flat.numel(), repeats)
+
+
+if __name__ == "__main__":
+    main()
