@@ -1,0 +1,217 @@
+"""Any trust region of this package inside TRL's ``GRPOTrainer``.
+
+How: TRL multiplies its per-token loss by ``get_off_policy_mask(...)``. The adapter answers that hook with the
+coefficient k_t, and hands TRL's own ratio nothing to do: the rollout log-probs travel as
+``sampling_per_token_logps``, so TRL's ratio is exp(logp - logp.detach()) = 1, which no clip of its own touches. The
+gradient is then exactly -k_t A_t / denominator for every method, with TRL's normaliser for the ``loss_type``:
+"dapo" token-mean over the optimizer batch, "grpo" mean over responses, "dr_grpo" fixed length, "bnpo"
+token-mean over a micro-batch. No algorithm of TRL is overridden.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import defaultdict
+from typing import Any
+
+import torch
+import trl
+from packaging.version import Version
+from torch import Tensor
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from cppo.methods import BINARY_DIVERGENCES, CPPO, Method
+from cppo.metrics import decision_metrics
+from cppo.objective import Decision, decide
+
+# "cispo" is not among them: it caps TRL's ratio, which is 1 here, at epsilon_high (0.2 by default) and would scale the
+# gradient; its normaliser is "dapo"'s.
+LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "bnpo")
+_HOOK_ARGUMENTS = ["advantages", "per_token_logps", "sampling_per_token_logps", "mask", "off_policy_threshold"]
+# What the sampler's distribution must not be changed by: name -> values that leave it alone.
+_NEUTRAL_SAMPLING: dict[str, tuple[object, ...]] = {
+    "top_p": (None, 1.0),
+    "top_k": (None, 0, -1),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (None, 1.0),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "no_repeat_ngram_size": (None, 0),
+    "do_sample": (None, True),
+    "num_beams": (None, 1),
+    "temperature": (None,),  # in generation_kwargs: it would part the sampler from GRPOConfig.temperature
+}
+
+
+def check_config(config: GRPOConfig, method: Method, *, engine_log_probs: bool) -> None:
+    """Refuse, with the reason, a configuration under which TRL would not apply the method's gradient.
+
+    Args:
+        config: TRL's configuration.
+        method: the trust region.
+        engine_log_probs: True if the sampler itself returns log-probs (vLLM, or a rollout function).
+
+    Raises:
+        ValueError: naming the field, its value and what was expected.
+    """
+    liger_bypasses = Version(trl.__version__) < Version("1.14") and config.use_liger_kernel
+    second_ratio = config.use_vllm and config.vllm_importance_sampling_correction
+    truncated = "the sampler would not be the policy whose ratio is taken"
+    # field, whether it stands in the way, what was expected, why
+    checks: list[tuple[str, bool, str, str]] = [
+        (
+            "loss_type",
+            config.loss_type not in LOSS_TYPES,
+            f"one of {LOSS_TYPES}",
+            "others bring a gate or a cap of their own",
+        ),
+        ("importance_sampling_level", config.importance_sampling_level != "token", "'token'", "tokens are judged"),
+        ("delta", config.delta is not None, "None", "TRL's two-sided clip would act besides the trust region"),
+        ("off_policy_mask_threshold", config.off_policy_mask_threshold is not None, "None", "its hook is taken"),
+        (
+            "top_entropy_quantile",
+            config.top_entropy_quantile != 1.0,
+            "1.0",
+            "it would drop tokens that the method keeps",
+        ),
+        (
+            "use_bias_correction_kl",
+            bool(config.use_bias_correction_kl and config.beta),
+            "False",
+            "TRL's ratio is 1 here",
+        ),
+        (
+            "vllm_importance_sampling_correction",
+            second_ratio,
+            "False",
+            "the ratio is already taken to vLLM's log-probs",
+        ),
+        (
+            "use_liger_kernel",
+            bool(liger_bypasses),
+            "False",
+            f"the fused loss of TRL {trl.__version__} bypasses the hook",
+        ),
+    ]
+    generation_kwargs: dict[str, object] = dict(config.generation_kwargs or {})  # type: ignore[arg-type]
+    for name, neutral in _NEUTRAL_SAMPLING.items():
+        if hasattr(config, name) and name != "temperature":
+            checks.append((name, getattr(config, name) not in neutral, f"{neutral[-1]!r}", truncated))
+        if name in generation_kwargs:
+            changed = generation_kwargs[name] not in neutral
+            checks.append(("generation_kwargs", changed, f"{name} left alone", truncated))
+    for field, wrong, expected, why in checks:
+        if wrong:
+            raise ValueError(f"GRPOConfig({field}={getattr(config, field)!r}): expected {expected}; {why}")
+    divergence = getattr(method, "divergence", "binary_tv")
+    if divergence not in BINARY_DIVERGENCES:
+        raise ValueError(
+            f"method.divergence={divergence!r}: expected one of {', '.join(BINARY_DIVERGENCES)}; TRL keeps only the "
+            "sampled token's log-prob"
+        )
+    micro_batches = (config.steps_per_generation or 1) * config.num_iterations
+    if not engine_log_probs and config.gradient_accumulation_steps % micro_batches == 0:
+        raise ValueError(
+            f"GRPOConfig(gradient_accumulation_steps={config.gradient_accumulation_steps}, "
+            f"steps_per_generation={config.steps_per_generation}, num_iterations={config.num_iterations}): expected "
+            "more than one optimizer step a rollout; with one, the policy is the rollout policy, every ratio is 1, and "
+            "a trust region can never act. Raise steps_per_generation or num_iterations."
+        )
+
+
+def _check_surface() -> None:
+    """Refuse a TRL in which the hook is gone or has another meaning."""
+    version = Version(trl.__version__)
+    if version < Version("1.10"):
+        raise ImportError(
+            f"trl {version}: expected >= 1.10; earlier ones divide the token-mean loss by the whole generation batch"
+        )
+    if version >= Version("1.17"):
+        warnings.warn(f"trl {version} is newer than 1.16, against which this adapter was tested", stacklevel=4)
+    hook = getattr(GRPOTrainer, "get_off_policy_mask", None)
+    found = list(inspect.signature(hook).parameters) if hook else []
+    if found != _HOOK_ARGUMENTS:
+        raise ImportError(
+            f"trl {version}: GRPOTrainer.get_off_policy_mask has arguments {found}, not {_HOOK_ARGUMENTS}"
+        )
+
+
+class TrustRegionTrainer(GRPOTrainer):
+    """``GRPOTrainer`` with a trust region of this package; all its arguments, and ``method``.
+
+    Raises:
+        ValueError: if the configuration cannot give the method's gradient (see :func:`check_config`).
+        ImportError: if the installed TRL's hook differs from the one that this adapter was written for.
+    """
+
+    def __init__(self, *args: Any, method: Method, **kwargs: Any) -> None:  # noqa: ANN401  TRL's own arguments
+        _check_surface()
+        bound = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        config = bound.get("args") or GRPOConfig(output_dir="trainer_output")
+        engine_log_probs = bool(config.use_vllm or bound.get("rollout_func"))
+        check_config(config, method, engine_log_probs=engine_log_probs)
+        self.method = method
+        self._decisions: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        super().__init__(*args, **kwargs)
+        self.off_policy_mask_threshold = 0.0  # any number makes TRL ask the hook
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Let the rollout policy be the sampler: the engine's log-probs where there are any, else the trainer's."""
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        recomputed = output.pop("old_per_token_logps", None)
+        if output.get("sampling_per_token_logps") is None and recomputed is not None:
+            output["sampling_per_token_logps"] = recomputed
+        return output
+
+    def get_off_policy_mask(  # type: ignore[override]  # TRL calls it on self, so an instance method may stand here
+        self,
+        advantages: Tensor,
+        per_token_logps: Tensor,
+        sampling_per_token_logps: Tensor,
+        mask: Tensor,
+        off_policy_threshold: float,
+    ) -> Tensor:
+        """Return k_t, by which TRL multiplies its per-token loss, whose gradient is -A_t grad logp_t."""
+        decision = decide(self.method, per_token_logps, sampling_per_token_logps, advantages, mask)
+        self.on_decision(decision)
+        return decision.coefficient.to(per_token_logps.dtype)
+
+    def _mode(self) -> str:
+        return "train" if self.model is not None and self.model.training else "eval"
+
+    def on_decision(self, decision: Decision) -> None:
+        """Collect the metrics of one micro-batch; the host reads them when TRL logs."""
+        mode = self._mode()
+        for name, value in decision_metrics(decision).items():
+            self._decisions[mode][name].append(value.float())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the trust region's metrics, reduced over micro-batches and processes, to what TRL logs."""
+        mode = self._mode()
+        collected = self._decisions[mode]
+        if collected:
+            means = torch.stack([torch.stack(values).mean() for values in collected.values()])
+            peaks = torch.stack([torch.stack(values).max() for values in collected.values()])
+            means = self.accelerator.reduce(means, reduction="mean")
+            peaks = self.accelerator.gather(peaks[None]).amax(dim=0)
+            reduced = dict(zip(collected, zip(means.tolist(), peaks.tolist(), strict=True), strict=True))
+            for name, (mean, peak) in reduced.items():
+                self._metrics[mode][name].append(peak if name.endswith("/max") else mean)
+            if reduced["input/nonfinite"][1] > 0:
+                warnings.warn(
+                    f"{reduced['input/nonfinite'][1]:.0f} response tokens of a micro-batch had a NaN or infinite "
+                    f"log-prob (first at flat index {reduced['input/first_nonfinite'][1]:.0f}); they gave no gradient",
+                    stacklevel=2,
+                )
+            collected.clear()
+        super().log(logs, start_time)
+
+
+class CPPOTrainer(TrustRegionTrainer):
+    """``GRPOTrainer`` with CPPO: ``CPPOTrainer(model, rewards, config, dataset, method=cppo.CPPO(delta=0.15))``."""
+
+    def __init__(self, *args: Any, method: CPPO | None = None, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(*args, method=CPPO() if method is None else method, **kwargs)

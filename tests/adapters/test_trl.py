@@ -1,0 +1,277 @@
+"""The adapter against TRL's real trainer: parameter gradients against the closed form from full logits."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+import cppo
+from cppo.adapters import trl as adapter
+
+pytestmark = pytest.mark.train
+
+LETTERS = "abcdefgh"
+
+
+def make_tokenizer():
+    vocabulary = {letter: index for index, letter in enumerate([*LETTERS, ".", "_"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="_"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=".", pad_token="_")
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=10, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=9, eos_token_id=8,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config)
+
+
+def reward_letters(completions, **_):
+    # Uneven and never constant within a group, so that every response has an advantage.
+    return [sum(ord(letter) % 5 for letter in text) + 0.1 * index for index, text in enumerate(completions)]
+
+
+def make_config(tmp_path, **overrides):
+    settings = dict(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=4, num_generations=4,
+        gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2, max_completion_length=7, max_steps=6,
+        learning_rate=2e-2, lr_scheduler_type="constant", max_grad_norm=1e9, gradient_checkpointing=False,
+        report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True, top_k=0, loss_type="dapo", seed=3,
+    )  # fmt: skip
+    return adapter.GRPOConfig(**(settings | overrides))
+
+
+class Recorder(adapter.TrustRegionTrainer):
+    """Keeps every micro-batch's inputs, and each optimizer step's gradient with the weights it was taken at."""
+
+    def __init__(self, *args, **kwargs):
+        self.micro_batches, self.steps = [], []
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # _prepare_inputs is called inside; the buffered batch of this micro-step is what the loss saw.
+        index = (self._step - 1) % self.args.steps_per_generation
+        self.micro_batches.append(self._buffered_inputs[index])
+        if len(self.micro_batches) == self.args.gradient_accumulation_steps:
+            gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+            self.steps.append((self.micro_batches, gradient, weights))
+            self.micro_batches = []
+        return loss
+
+
+def make_trainer(tmp_path, method, *, kind=Recorder, rollout_func=None, **overrides):
+    prompts = Dataset.from_dict({"prompt": ["abc", "h", "gfed", "ba", "cc", "dea", "fh", "aaaa"]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return kind(
+            make_model(), reward_letters, make_config(tmp_path, **overrides), prompts,
+            processing_class=make_tokenizer(), method=method, rollout_func=rollout_func,
+        )  # fmt: skip
+
+
+def full_log_probs(model, batch, temperature):
+    """log pi of the sampled tokens from the full logits, by plain log_softmax."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1] / temperature
+    width = batch["completion_ids"].shape[1]
+    return logits.log_softmax(-1)[:, -width:].gather(2, batch["completion_ids"][..., None])[..., 0]
+
+
+def normaliser(loss_type, batch, config, mask):
+    """Per-token divisors of TRL's documented aggregations, written here from its documentation."""
+    accumulation = config.gradient_accumulation_steps
+    if loss_type == "dapo":  # mean over the tokens of one optimizer step's share of the rollout
+        return batch["num_items_in_batch"] * accumulation / config.steps_per_generation
+    if loss_type == "grpo":
+        return mask.sum(1, keepdim=True).clamp(min=1) * len(mask) * accumulation
+    if loss_type == "dr_grpo":
+        return len(mask) * config.max_completion_length * accumulation
+    return mask.sum() * accumulation  # bnpo
+
+
+def closed_form_gradient(trainer, micro_batches, weights, rollout_logp=None):
+    """The parameter gradient of -sum k A logp / normaliser from full logits, k from the core on those log-probs."""
+    model = make_model()
+    model.load_state_dict(weights)
+    config, decisions = trainer.args, []
+    for index, batch in enumerate(micro_batches):
+        mask = batch["completion_mask"]
+        logp = full_log_probs(model, batch, config.temperature)
+        rollout = batch["sampling_per_token_logps"] if rollout_logp is None else rollout_logp[index]
+        decision = cppo.decide(trainer.method, logp, rollout, batch["advantages"], mask)
+        decisions.append(decision)
+        weighted = decision.coefficient * batch["advantages"][:, None] * torch.where(mask > 0, logp, 0.0)
+        (-(weighted / normaliser(config.loss_type, batch, config, mask)).sum()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, decisions
+
+
+def relative_error(found, expected):
+    scale = max(value.abs().max() for value in expected.values())
+    return max((found[name] - expected[name]).abs().max() for name in expected) / scale
+
+
+METHODS = {
+    "cppo": cppo.CPPO(delta=0.02, delta_b=0.002),
+    "cppo fixed kl": cppo.CPPO(delta=0.005, delta_b=0.001, budget="fixed", divergence="binary_kl", ratio_cap=1.1),
+    "cppo soft": cppo.CPPO(delta=0.02, delta_b=0.002, gate="soft"),
+    "cppo shuffled": cppo.CPPO(delta=0.02, delta_b=0.002, position="shuffled", w_min=0.2),
+    "dppo": cppo.DPPO(delta=0.02),
+    "grpo": cppo.GRPO(clip_low=0.05, clip_high=0.07),
+    "policy gradient": cppo.PolicyGradient(),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_optimizer_step_has_the_closed_form_gradient(tmp_path, name):
+    trainer = make_trainer(tmp_path, METHODS[name])
+    trainer.train()
+    assert len(trainer.steps) == 6
+    rejected = 0
+    for micro_batches, gradient, weights in trainer.steps:
+        expected, decisions = closed_form_gradient(trainer, micro_batches, weights)
+        assert relative_error(gradient, expected) < 1e-5
+        rejected += sum(int((decision.rejected_by > 0).sum()) for decision in decisions)
+    # 6 steps of 2 micro-batches: rollouts at steps 0 and 4; the others are off-policy, and the region must have acted.
+    assert rejected > 0 or name == "policy gradient"
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "bnpo"])
+def test_the_loss_type_chooses_only_the_normaliser(tmp_path, loss_type):
+    trainer = make_trainer(tmp_path, METHODS["cppo"], loss_type=loss_type, max_steps=3)
+    trainer.train()
+    for micro_batches, gradient, weights in trainer.steps:
+        expected, _ = closed_form_gradient(trainer, micro_batches, weights)
+        assert relative_error(gradient, expected) < 1e-5
+
+
+def test_truncated_completions_and_temperature_keep_the_closed_form(tmp_path):
+    trainer = make_trainer(
+        tmp_path, METHODS["cppo"], mask_truncated_completions=True, temperature=0.7, max_completion_length=12, max_steps=3
+    )
+    trainer.train()
+    empty = [(batch["completion_mask"].sum(1) == 0).float().mean() for step in trainer.steps for batch in step[0]]
+    assert 0 < sum(empty) < len(empty)  # some responses are cut and count for nothing, some are not
+    for micro_batches, gradient, weights in trainer.steps:
+        expected, _ = closed_form_gradient(trainer, micro_batches, weights)
+        assert relative_error(gradient, expected) < 1e-5
+
+
+def test_the_rollout_policy_is_the_policy_at_generation(tmp_path):
+    trainer = make_trainer(tmp_path, METHODS["cppo"])
+    trainer.train()
+    # Steps 0 and 1 share one rollout (4 micro-batches, 2 iterations): its log-probs are those of the first weights.
+    model = make_model()
+    model.load_state_dict(trainer.steps[0][2])
+    for micro_batches, _, _ in trainer.steps[:4]:
+        for batch in micro_batches:
+            mask = batch["completion_mask"] > 0
+            with torch.no_grad():
+                logp = full_log_probs(model, batch, 1.0)
+            assert (logp - batch["sampling_per_token_logps"])[mask].abs().max() < 1e-5
+            assert "old_per_token_logps" not in batch
+
+
+def noisy_engine(prompts, trainer):
+    """A rollout function whose engine computes other log-probs than the trainer, one of them not at all."""
+    tokenizer = trainer.processing_class
+    generator = torch.Generator().manual_seed(len(prompts))
+    prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    completion_ids = [torch.randint(0, 8, (5,), generator=generator).tolist() + [8] for _ in prompts]
+    logprobs = [(-2 + 0.3 * torch.randn(6, generator=generator)).tolist() for _ in prompts]
+    logprobs[0][2] = None
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
+
+
+def test_engine_log_probs_are_the_rollout_policy_and_nan_gives_no_gradient(tmp_path):
+    method = cppo.CPPO(delta=0.05, delta_b=0.01)
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        trainer = make_trainer(
+            tmp_path, method, rollout_func=noisy_engine, gradient_accumulation_steps=4, num_iterations=1, max_steps=2
+        )
+        trainer.train()
+    for micro_batches, gradient, weights in trainer.steps:
+        rollout = [batch["sampling_per_token_logps"] for batch in micro_batches]
+        assert sum(int(values.isnan().sum()) for values in rollout) == 1
+        expected, decisions = closed_form_gradient(trainer, micro_batches, weights, rollout)
+        assert relative_error(gradient, expected) < 1e-5
+        for values, decision in zip(rollout, decisions, strict=True):
+            assert (decision.coefficient[values.isnan()] == 0).all()
+
+
+def test_metrics_are_logged_under_their_own_names(tmp_path):
+    trainer = make_trainer(tmp_path, METHODS["cppo"], max_steps=2)
+    trainer.train()
+    logged = trainer.state.log_history[1]
+    for name in ("gate/masked_fraction", "gate/budget_share", "divergence/mean", "account/delta_b", "ratio/max"):
+        assert isinstance(logged[name], float), name
+    assert logged["divergence/mean"] > 0
+    assert trainer.state.log_history[0]["divergence/mean"] < 1e-6  # the first step is on-policy
+
+
+def test_cppo_trainer_defaults_to_cppo(tmp_path):
+    assert make_trainer(tmp_path, None, kind=adapter.CPPOTrainer).method == cppo.CPPO()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"loss_type": "sapo"}, "loss_type='sapo'"),
+        ({"loss_type": "cispo"}, "loss_type='cispo'"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence'"),
+        ({"delta": 2.0}, "delta=2.0"),
+        ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold=0.1"),
+        ({"top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5"),
+        ({"beta": 0.1, "use_bias_correction_kl": True}, "use_bias_correction_kl=True"),
+        ({"top_p": 0.9}, "top_p=0.9"),
+        ({"top_k": 50}, "top_k=50"),
+        ({"min_p": 0.1}, "min_p=0.1"),
+        ({"repetition_penalty": 1.2}, r"repetition_penalty=1\.2"),
+        ({"generation_kwargs": {"typical_p": 0.9}}, "typical_p"),
+        ({"generation_kwargs": {"temperature": 0.9}}, "temperature"),
+        ({"generation_kwargs": {"num_beams": 2}}, "num_beams"),
+        ({"use_vllm": True}, "vllm_importance_sampling_correction=True"),
+        ({"steps_per_generation": 2, "num_iterations": 1}, "can never act"),
+        ({"gradient_accumulation_steps": 8}, "can never act"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, cppo.CPPO(), **overrides)
+
+
+def test_a_divergence_that_trl_does_not_keep_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="topk_tv"):
+        make_trainer(tmp_path, cppo.CPPO(divergence="topk_tv"))
+
+
+def test_a_drifted_hook_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter.GRPOTrainer, "get_off_policy_mask", lambda advantages, mask: None)
+    with pytest.raises(ImportError, match="get_off_policy_mask"):
+        make_trainer(tmp_path, cppo.CPPO())
+
+
+def test_an_old_trl_is_refused_and_a_new_one_warned_about(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter.trl, "__version__", "1.9.0")
+    with pytest.raises(ImportError, match=r">= 1\.10"):
+        make_trainer(tmp_path, cppo.CPPO())
+    monkeypatch.setattr(adapter.trl, "__version__", "1.17.0")
+    with pytest.warns(UserWarning, match="newer than"):
+        adapter._check_surface()
+
+
+def test_the_configuration_of_the_user_is_not_changed(tmp_path):
+    before = dataclasses.asdict(make_config(tmp_path))
+    after = dataclasses.asdict(make_trainer(tmp_path, cppo.CPPO()).args)
+    ignored = {"run_name", "logging_dir"}
+    assert {k: v for k, v in before.items() if k not in ignored} == {k: v for k, v in after.items() if k not in ignored}
