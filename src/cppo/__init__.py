@@ -6,7 +6,7 @@
 >>> out.loss.backward()  # doctest: +SKIP
 """
 
-from .methods import CPPO, DPPO, GRPO, METHODS, Method, PolicyGradient, make_method, method_name
+from .methods import CPPO, DPPO, GRPO, METHODS, Method, PolicyGradient, make_method, method_name, parse_method
 from .objective import Decision, PolicyLoss, Trace, decide, policy_loss
 from .ops.divergence import binary_kl, binary_tv, exact_kl, exact_tv, topk_kl, topk_tv
 
@@ -29,6 +29,7 @@ __all__ = [
     "exact_tv",
     "make_method",
     "method_name",
+    "parse_method",
     "policy_loss",
     "topk_kl",
     "topk_tv",

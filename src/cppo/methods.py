@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+from .specs import parse_spec
+
 Divergence = Literal["binary_tv", "binary_kl", "topk_tv", "topk_kl", "exact_tv", "exact_kl"]
 DIVERGENCES: tuple[str, ...] = ("binary_tv", "binary_kl", "topk_tv", "topk_kl", "exact_tv", "exact_kl")
 # These need only the sampled token's two log-probs; for the others the caller passes the measured tensor.
@@ -157,7 +159,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def make_method(name: str, **knobs: Any) -> Method:  # noqa: ANN401  values are checked by the dataclass
+def make_method(name: str, **knobs: Any) -> Method:
     """Return the method of that name with those knobs; one clear error for an unknown name or knob."""
     if name not in METHODS:
         raise ValueError(f"method={name!r}: expected one of {', '.join(METHODS)}")
@@ -166,6 +168,12 @@ def make_method(name: str, **knobs: Any) -> Method:  # noqa: ANN401  values are 
         if knob not in known:
             raise ValueError(f"{name} has no knob {knob!r}: expected one of {', '.join(known)}")
     return METHODS[name](**knobs)
+
+
+def parse_method(spec: str) -> Method:
+    """Return the method written as ``name?knob=value&knob=value``, such as ``cppo?budget=fixed&delta_b=0.015``."""
+    name, knobs = parse_spec(spec)
+    return make_method(name, **knobs)
 
 
 def method_name(method: Method) -> str:

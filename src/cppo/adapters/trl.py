@@ -147,7 +147,7 @@ class TrustRegionTrainer(GRPOTrainer):
         ImportError: if the installed TRL's hook differs from the one that this adapter was written for.
     """
 
-    def __init__(self, *args: Any, method: Method, **kwargs: Any) -> None:  # noqa: ANN401  TRL's own arguments
+    def __init__(self, *args: Any, method: Method, **kwargs: Any) -> None:
         _check_surface()
         bound = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
         config = bound.get("args") or GRPOConfig(output_dir="trainer_output")
@@ -158,7 +158,7 @@ class TrustRegionTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.off_policy_mask_threshold = 0.0  # any number makes TRL ask the hook
 
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:  # noqa: ANN401
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """Let the rollout policy be the sampler: the engine's log-probs where there are any, else the trainer's."""
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         recomputed = output.pop("old_per_token_logps", None)
@@ -213,5 +213,5 @@ class TrustRegionTrainer(GRPOTrainer):
 class CPPOTrainer(TrustRegionTrainer):
     """``GRPOTrainer`` with CPPO: ``CPPOTrainer(model, rewards, config, dataset, method=cppo.CPPO(delta=0.15))``."""
 
-    def __init__(self, *args: Any, method: CPPO | None = None, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, *args: Any, method: CPPO | None = None, **kwargs: Any) -> None:
         super().__init__(*args, method=CPPO() if method is None else method, **kwargs)

@@ -1,1 +1,1 @@
-"""The embedded laboratory: a small language model, tasks with verifiers, training, evaluation. Needs the train extra."""
+"""The embedded laboratory: a small model, tasks with verifiers, training, evaluation. Needs the train extra."""

@@ -17,14 +17,14 @@ class _LinearLoss(torch.autograd.Function):
     """loss = sum(weights); d loss / d logp = weights. The weights are the whole gradient, so nothing else is saved."""
 
     @staticmethod
-    def forward(ctx: Any, logp: Tensor, weights: Tensor) -> Tensor:  # noqa: ANN401  autograd's context has no type
+    def forward(ctx: Any, logp: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(weights)
         ctx.dtype = logp.dtype
         return weights.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         (weights,) = ctx.saved_tensors
         return (weights * upstream).to(ctx.dtype), None
 

@@ -1,0 +1,42 @@
+# `make demo`: set up and watch a model learn under CPPO. `make test`: set up and prove the code.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint types unit wheel bench clean
+
+demo: $(STAMP)
+	$(BIN)/cppo train --beside policy_gradient
+
+test: lint types unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+# The wheel, in an environment that has nothing but what it asks for.
+wheel: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+	$(PYTHON) -m venv --clear .venv-wheel
+	.venv-wheel/bin/pip install -q -c constraints.txt dist/*.whl
+	cd .venv-wheel && bin/python -I ../tests/check_wheel.py
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/mask.py
+	$(BIN)/python benchmarks/trl_step.py
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-wheel dist build

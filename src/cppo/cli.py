@@ -1,0 +1,181 @@
+"""The command line: ``cppo train``, ``cppo eval``, ``cppo methods``."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect as python_inspect
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cppo.methods import METHODS
+
+app = typer.Typer(
+    help="CPPO and the trust regions it is compared with, on models from a laptop's up.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+@app.command(
+    epilog="Examples:  cppo train  |  cppo train --beside policy_gradient  |  "
+    "cppo train --method 'cppo?delta=0.2&budget=adaptive' --rollouts 24  |  cppo train --resume runs/cppo-1"
+)
+def train(
+    method: Annotated[str | None, typer.Option(help="Trust region: name, or name?knob=value&knob=value.")] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="Also run this method from the same start on the same problems. Repeatable."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="running_sum, reasoning_gym:NAME?option=value, or math:FILE.jsonl.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="tiny, a folder, or a hub id.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="The GGUF file inside the --model folder.")] = None,
+    rollouts: Annotated[int | None, typer.Option(help="Rollout batches.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Problems a rollout.")] = None,
+    generations: Annotated[int | None, typer.Option(help="Responses a problem.")] = None,
+    minibatch: Annotated[int | None, typer.Option(help="Responses an optimizer update.")] = None,
+    gradient_accumulation: Annotated[int | None, typer.Option(help="Micro-batches an update.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over each rollout batch.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="AdamW's.")] = None,
+    max_completion_tokens: Annotated[int | None, typer.Option(help="Longest response; default: the task's.")] = None,
+    eval_problems: Annotated[int | None, typer.Option(help="Held-out problems an evaluation.")] = None,
+    eval_samples: Annotated[int | None, typer.Option(help="Samples a held-out problem (Avg@k).")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Rollouts between evaluations.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Rollouts between checkpoints.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="0: all weights; else LoRA of that rank.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of torch.")] = None,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="A tracker that TRL supports (tensorboard, wandb, ...). Repeatable.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings; options here win over it.")] = None,
+    name: Annotated[str | None, typer.Option(help="The run's folder under --root; default: METHOD-NUMBER.")] = None,
+    root: Annotated[Path, typer.Option(help="Where run folders stand.")] = Path("runs"),
+    resume: Annotated[Path | None, typer.Option(help="Continue this run folder from its last checkpoint.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summaries as JSON and nothing else.")] = False,
+) -> None:
+    """Train a model with reinforcement learning on verifiable rewards, under a trust region."""
+    options: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in locals().items()
+        if key not in ("config", "name", "root", "resume", "as_json") and value not in (None, [])
+    }
+    if resume is not None and (options or config or name):
+        given = [*options, *(["config"] if config else []), *(["name"] if name else [])]
+        raise ValueError(f"--resume {resume}: expected no other settings (the run has its own), got {', '.join(given)}")
+    _quieten_frameworks()
+    from cppo.lab.config import RunConfig, load_config
+    from cppo.lab.experiment import begin, carry_on
+
+    console = _console(stderr=as_json)
+    if resume is not None:
+        summaries, report = carry_on(resume, console, quiet=as_json)
+    else:
+        settings = load_config(config) if config else RunConfig()
+        settings = dataclasses.replace(settings, **options)
+        summaries, report = begin(settings, root, name, console, quiet=as_json)
+    if as_json:
+        print(json.dumps(summaries, indent=2))
+    else:
+        from cppo.lab.display import final_table
+
+        console.print(final_table(summaries))
+        console.print(f"Pictures: {report}")
+
+
+@app.command(
+    "eval",
+    epilog="Examples:  cppo eval runs/cppo-1 -k 16  |  cppo eval ./my-model --task 'reasoning_gym:chain_sum' -k 4",
+)
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub id.")],
+    task: Annotated[str | None, typer.Option(help="As for train; default: the run's own.")] = None,
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 256,
+    samples: Annotated[int, typer.Option("--samples", "-k", min=1, help="Samples a problem.")] = 16,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0: the likeliest token.")] = 1.0,
+    max_completion_tokens: Annotated[int | None, typer.Option(help="Longest response; default: the task's.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="The GGUF file inside a model folder.")] = None,
+    seed: Annotated[int, typer.Option(help="Of problems and sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Responses sampled at once.")] = 256,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Avg@k: the mean success over k samples a held-out problem, with its standard error."""
+    _quieten_frameworks()
+    from cppo.lab.experiment import evaluate_model
+
+    result = evaluate_model(
+        model, task=task, problems=problems, samples=samples, temperature=temperature, seed=seed, gguf_file=gguf_file,
+        max_tokens=max_completion_tokens, batch_size=batch_size, threads=threads, console=_console(stderr=True),
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result), indent=2))
+    else:
+        error = "" if result.standard_error is None else f" ± {result.standard_error:.4f} (standard error)"
+        print(f"Avg@{result.samples} {result.mean:.4f}{error} on {result.problems} problems")
+        print(
+            f"solved at least once {result.solved:.1%}, ended by itself {result.ended:.1%}, {result.length:.1f} tokens"
+        )
+
+
+@app.command(epilog="Examples:  cppo methods  |  cppo methods cppo  |  cppo methods --json")
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the trust regions, their rules and their knobs."""
+    if name is not None and name not in METHODS:
+        raise ValueError(f"method {name!r}: expected one of {', '.join(METHODS)}")
+    chosen = METHODS if name is None else {name: METHODS[name]}
+    knobs = {key: {f.name: f.default for f in dataclasses.fields(kind)} for key, kind in chosen.items()}
+    if as_json:
+        docs = {key: python_inspect.getdoc(kind) for key, kind in chosen.items()}
+        print(json.dumps({key: {"doc": docs[key], "knobs": knobs[key]} for key in chosen}, indent=2))
+    elif name is not None:
+        print(f"{name}\n\n{python_inspect.getdoc(chosen[name])}")
+    else:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("method", "what it is", "knobs (default)"):
+            table.add_column(heading, overflow="fold")
+        for key, kind in chosen.items():
+            defaults = ", ".join(f"{knob}={value}" for knob, value in knobs[key].items())
+            table.add_row(key, (python_inspect.getdoc(kind) or "").splitlines()[0], defaults)
+        _console(stderr=False).print(table)
+
+
+def _quieten_frameworks() -> None:
+    """Keep progress bars and notices of the frameworks off a display that has its own."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+
+
+def _console(*, stderr: bool) -> Console:
+    """Return a console; lines that go to a file or a pipe are not wrapped at eighty columns."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=140)
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is one line on stderr and exit code 2."""
+    try:
+        app()
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        if os.environ.get("CPPO_TRACEBACK"):
+            raise
+        print(f"cppo: {error}", file=sys.stderr)
+        sys.exit(2)

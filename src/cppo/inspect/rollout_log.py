@@ -1,0 +1,56 @@
+"""The rollout log: one row a response an update, in parquet; what ``cppo inspect`` reads from any framework.
+
+| column | type | meaning |
+|---|---|---|
+| step | int64 | optimizer update (1, 2, ...) in which the response was used |
+| prompt, response | string | text |
+| reward, advantage | float64 | of the response |
+| token_ids | list<int32> | the response's tokens, tool output included, padding not |
+| logp | list<float32> | log pi of each token under the policy of that update, before it |
+| rollout_logp | list<float32> | log mu of each token as the sampler computed it |
+| response_mask | list<bool> | True = the policy wrote the token |
+| divergence | list<float32>, may be null | D of each token where it was measured (top-K, exact) |
+
+The lists of a row have one length. The schema's version stands in the file's metadata under ``cppo.rollout_log``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+VERSION = "1"
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("reward", pa.float64()),
+        ("advantage", pa.float64()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("logp", pa.list_(pa.float32())),
+        ("rollout_logp", pa.list_(pa.float32())),
+        ("response_mask", pa.list_(pa.bool_())),
+        ("divergence", pa.list_(pa.float32())),
+    ],
+    metadata={"cppo.rollout_log": VERSION},
+)
+
+
+def write_rollouts(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows to one parquet file, whole or not at all (a temporary file beside it, then a rename)."""
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, compression="zstd")
+    os.replace(temporary, path)
+
+
+def read_rollouts(folder: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of every ``*.parquet`` in a folder, in the order of the file names, in bounded memory."""
+    for path in sorted(folder.glob("*.parquet")):
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024, columns=columns):
+            yield from batch.to_pylist()

@@ -1,0 +1,151 @@
+"""A training run's settings: everything that is needed to run it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cppo.methods import parse_method
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings of one run. The defaults are the demo: a tiny model, the running sum, CPPO, eight updates a rollout.
+
+    Args:
+        task: as ``make_task`` takes it, such as ``running_sum`` or ``reasoning_gym:chain_sum?min_terms=2``.
+        model: "tiny" (built in process and warm-started on the task's demonstrator), a folder, or a hub id.
+        gguf_file: the file inside ``model`` if that is a folder with a GGUF checkpoint.
+        method: as ``parse_method`` takes it.
+        beside: further methods to run from the same start with the same problems, for comparison.
+        seed: of the model, the warm start, the problems and the sampling.
+        rollouts: rollout batches.
+        prompts: problems a rollout.
+        generations: responses a problem (the group whose rewards are normalised).
+        minibatch: responses an optimizer update.
+        gradient_accumulation: micro-batches an update; must divide ``minibatch``.
+        epochs: passes over each rollout batch.
+        learning_rate: AdamW's highest.
+        schedule: "constant" or "linear": from ``learning_rate`` to 0 at the last update.
+        warmup: updates over which the learning rate rises to ``learning_rate``.
+        temperature: of sampling, in the rollouts and the evaluation.
+        max_completion_tokens: None: the task's.
+        skip_zero_variance: leave responses of groups with equal rewards out of the loss and of its denominator.
+        eval_problems: held-out problems an evaluation.
+        eval_samples: samples a held-out problem.
+        eval_every: rollouts between evaluations; the start and the end are always evaluated.
+        checkpoint_every: rollouts between checkpoints.
+        warm_start_steps: imitation steps of the tiny model.
+        lora_rank: 0: train all weights; else LoRA adapters of that rank on the attention projections.
+        report_to: trackers that TRL supports, such as "tensorboard" or "wandb".
+        threads: of torch.
+    """
+
+    task: str = "running_sum"
+    model: str = "tiny"
+    gguf_file: str | None = None
+    method: str = "cppo?budget=fixed&delta_b=0.015"
+    beside: tuple[str, ...] = ()
+    seed: int = 0
+    rollouts: int = 12
+    prompts: int = 32
+    generations: int = 8
+    minibatch: int = 32
+    gradient_accumulation: int = 1
+    epochs: int = 1
+    learning_rate: float = 5e-4
+    schedule: str = "constant"
+    warmup: int = 0
+    temperature: float = 1.0
+    max_completion_tokens: int | None = None
+    skip_zero_variance: bool = True
+    eval_problems: int = 512
+    eval_samples: int = 1
+    eval_every: int = 2
+    checkpoint_every: int = 4
+    warm_start_steps: int = 200
+    lora_rank: int = 0
+    report_to: tuple[str, ...] = ()
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for method in (self.method, *self.beside):
+            parse_method(method)
+        for name in ("rollouts", "prompts", "minibatch", "gradient_accumulation", "epochs", "eval_problems",
+                     "eval_samples", "eval_every", "checkpoint_every", "threads"):  # fmt: skip
+            _check_integer(name, getattr(self, name), 1)
+        _check_integer("generations", self.generations, 2)
+        if self.schedule not in ("constant", "linear"):
+            raise ValueError(f"schedule={self.schedule!r}: expected 'constant' or 'linear'")
+        for name in ("seed", "warm_start_steps", "lora_rank", "warmup"):
+            _check_integer(name, getattr(self, name), 0)
+        if self.max_completion_tokens is not None:
+            _check_integer("max_completion_tokens", self.max_completion_tokens, 1)
+        for name in ("learning_rate", "temperature"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r}: expected a number > 0")
+        if self.responses % self.minibatch:
+            raise ValueError(
+                f"minibatch={self.minibatch}: expected a divisor of prompts x generations = {self.responses}"
+            )
+        if self.minibatch % self.gradient_accumulation:
+            raise ValueError(
+                f"gradient_accumulation={self.gradient_accumulation}: expected a divisor of minibatch {self.minibatch}"
+            )
+        if self.updates == 1:
+            raise ValueError(
+                f"minibatch={self.minibatch}, epochs={self.epochs}: expected more than one update a rollout; with one, "
+                "the policy is the rollout policy and a trust region can never act"
+            )
+
+    @property
+    def responses(self) -> int:
+        """Responses a rollout."""
+        return self.prompts * self.generations
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates a rollout."""
+        return self.responses // self.minibatch * self.epochs
+
+
+def _check_integer(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}={value!r}: expected an integer >= {low}")
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a YAML file of settings.
+
+    Raises:
+        ValueError: naming the file, and the setting that is unknown or wrong.
+    """
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected settings (name: value), got {type(content).__name__}")
+    content = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+    content.pop("versions", None)
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    for key in content:
+        if key not in known:
+            raise ValueError(f"{path}: unknown setting {key!r}; expected some of {', '.join(sorted(known))}")
+    try:
+        return RunConfig(**content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def dump_config(config: RunConfig, versions: dict[str, str]) -> str:
+    """Return the settings, and the versions they ran with, as YAML that :func:`load_config` reads."""
+    content = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
+    }
+    return yaml.safe_dump(content | {"versions": versions}, sort_keys=False)

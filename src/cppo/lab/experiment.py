@@ -1,0 +1,95 @@
+"""What ``cppo train`` and ``cppo eval`` do: one or more runs from one start, a report; or one evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from cppo.inspect.plots import load_run
+from cppo.inspect.report import write_report
+from cppo.lab.config import RunConfig, load_config
+from cppo.lab.display import LiveDisplay
+from cppo.lab.evaluation import Evaluation, evaluate
+from cppo.lab.folder import RunFolder, free_name, read_metrics
+from cppo.lab.model import load_pretrained
+from cppo.lab.run import Run, beside_config, start_run
+from cppo.lab.tasks import make_task
+
+Outcome = tuple[list[dict[str, Any]], Path]
+
+
+def begin(config: RunConfig, root: Path, name: str | None, console: Console, *, quiet: bool = False) -> Outcome:
+    """Start a new run, and those beside it; return their summaries and the report's path."""
+    if name is not None and (not name or Path(name).name != name):
+        raise ValueError(f"--name {name!r}: expected a folder name without separators")
+    path = root / (name or free_name(root, config.method.partition("?")[0]))
+    return _finish(start_run(config, path), config, console, quiet=quiet)
+
+
+def carry_on(path: Path, console: Console, *, quiet: bool = False) -> Outcome:
+    """Continue a run, and those beside it, from the last whole checkpoints."""
+    folder = RunFolder.open(path)
+    return _finish(folder, load_config(folder.config), console, quiet=quiet)
+
+
+def _finish(folder: RunFolder, config: RunConfig, console: Console, *, quiet: bool) -> Outcome:
+    start = folder.checkpoints / "start"
+    runs = [(folder, config)]
+    for method in config.beside:
+        other = folder.path.with_name(f"{folder.path.name}.{method.partition('?')[0]}")
+        settings = beside_config(config, method)
+        runs.append((RunFolder.open(other) if other.exists() else start_run(settings, other), settings))
+    summaries = []
+    for part, settings in runs:
+        if part.summary.is_file():
+            summaries.append(json.loads(part.summary.read_text(encoding="utf-8")))
+            continue
+        with LiveDisplay(f"{settings.method}  ({part.path})", console, quiet=quiet) as display:
+            summaries.append(Run(settings, part, display, start).train())
+    data = [load_run(settings.method, read_metrics(part.metrics), part.rollouts) for part, settings in runs]
+    write_report(folder.report, data, summaries)
+    for (part, _), run, summary in list(zip(runs, data, summaries, strict=True))[1:]:
+        write_report(part.report, [run], [summary])
+    return summaries, folder.report
+
+
+def evaluate_model(
+    name: str,
+    *,
+    task: str | None,
+    problems: int,
+    samples: int,
+    temperature: float,
+    max_tokens: int | None,
+    gguf_file: str | None,
+    seed: int,
+    batch_size: int,
+    threads: int,
+    console: Console,
+) -> Evaluation:
+    """Return Avg@k of a run's final model, or of any other."""
+    torch.set_num_threads(threads)
+    path = Path(name)
+    if (path / "config.yaml").is_file():
+        config = load_config(path / "config.yaml")
+        task = task or config.task
+        final = path / "checkpoints" / "final"
+        if not final.is_dir():
+            raise ValueError(f"run folder {path}: expected a finished run (checkpoints/final); resume it first")
+        name = str(final)
+    if task is None:
+        raise ValueError("--task: expected one, because the model is no run folder")
+    source = make_task(task)
+    model, tokenizer = load_pretrained(name, gguf_file=gguf_file)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("sampling", total=problems * samples)
+        return evaluate(
+            model, tokenizer, source, source.problems("test", problems, seed), samples=samples, seed=seed,
+            temperature=temperature, max_tokens=max_tokens or source.max_completion_tokens, batch_size=batch_size,
+            on_batch=lambda done: progress.advance(bar, done),
+        )  # fmt: skip

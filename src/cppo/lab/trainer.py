@@ -1,0 +1,125 @@
+"""The real TRL adapter with what a laboratory adds: skipped zero-variance groups, a rollout log, a CPU ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cppo.adapters.trl import TrustRegionTrainer
+from cppo.lab.ledger import CpuLedger
+from cppo.lab.problems import Problem, Task
+from cppo.objective import Decision
+
+
+class TaskReward:
+    """A task's verifier as a TRL reward function; remembers the rewards of the last rollout batch."""
+
+    __name__ = "task"
+
+    def __init__(self, task: Task, problems: list[Problem], end_token_id: int, ledger: CpuLedger) -> None:
+        self._task, self._problems, self._end = task, problems, end_token_id
+        self._ledger = ledger
+        self.last: list[float] = []
+
+    def __call__(
+        self,
+        completions: list[str],
+        completion_ids: list[list[int]],
+        problem: list[int],
+        **_: Any,
+    ) -> list[float]:
+        """Score each completion against the problem of that index."""
+        with self._ledger.phase("scoring"):
+            self.last = [
+                self._task.score(self._problems[index], text, bool(ids) and ids[-1] == self._end)
+                for text, ids, index in zip(completions, completion_ids, problem, strict=True)
+            ]
+        return self.last
+
+
+class LabTrainer(TrustRegionTrainer):
+    """One training run's trainer.
+
+    Args:
+        reward: the reward function, also given to TRL as ``reward_funcs``.
+        ledger: charged by phase: generation, scoring (the rollout policy's log-probs and the verifier), own.
+        skip_zero_variance: leave responses of groups with equal rewards out of the loss and of its denominator (the
+            paper's "mask_std_0"). The number and the size of the minibatches stay.
+        on_rows: receives the rollout log's rows of each micro-batch.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        reward: TaskReward,
+        ledger: CpuLedger,
+        skip_zero_variance: bool,
+        on_rows: Callable[[list[dict[str, Any]]], None],
+        **kwargs: Any,
+    ) -> None:
+        self._reward, self._ledger, self._on_rows = reward, ledger, on_rows
+        self._skip_zero_variance = skip_zero_variance
+        self._micro_batch: dict[str, Any] = {}
+        super().__init__(*args, reward_funcs=reward, **kwargs)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._ledger.phase("generation"):
+            return super()._generate(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        with self._ledger.phase("scoring"):
+            output = super()._generate_and_score_completions(inputs)
+            rewards = torch.tensor(self._reward.last, dtype=torch.float64)
+            output["reward"] = rewards
+            if self._skip_zero_variance:
+                groups = rewards.view(len(rewards) // int(self.num_generations or 1), -1)
+                varies = (groups != groups[:, :1]).any(dim=1).repeat_interleave(groups.shape[1])
+                kept = output["completion_mask"] * varies[:, None]
+                # TRL's mask of tokens that carry no loss, but that the model still attends to.
+                output["tool_mask"] = kept
+                output["num_items_in_batch"] = kept.sum()
+            return output
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self._micro_batch = inputs
+        loss: Tensor = super()._compute_loss(model, inputs)
+        return loss
+
+    def on_decision(self, decision: Decision) -> None:
+        """Log the micro-batch's responses besides the metrics."""
+        super().on_decision(decision)
+        with self._ledger.phase("own"):
+            self._on_rows(self._rows(decision))
+
+    def _rows(self, decision: Decision) -> list[dict[str, Any]]:
+        batch = self._micro_batch
+        prompts = self._decode(batch["prompt_ids"], batch["prompt_mask"])
+        responses = self._decode(batch["completion_ids"], batch["completion_mask"])
+        lengths = batch["completion_mask"].sum(1).tolist()
+        columns = {
+            "token_ids": batch["completion_ids"].tolist(),
+            "logp": decision.batch.logp.tolist(),
+            "rollout_logp": decision.batch.rollout_logp.tolist(),
+        }
+        rewards, advantages = batch["reward"].tolist(), batch["advantages"].tolist()
+        return [
+            {
+                "step": self.state.global_step + 1,
+                "prompt": prompts[row],
+                "response": responses[row],
+                "reward": rewards[row],
+                "advantage": advantages[row],
+                "response_mask": [True] * length,
+                "divergence": None,
+            }
+            | {name: values[row][:length] for name, values in columns.items()}
+            for row, length in enumerate(lengths)
+        ]
+
+    def _decode(self, ids: Tensor, mask: Tensor) -> list[str]:
+        kept = [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
+        texts: list[str] = self.processing_class.batch_decode(kept, skip_special_tokens=False)  # type: ignore[union-attr]
+        return texts
