@@ -74,16 +74,18 @@ def train(
     if resume is not None and (options or config or name):
         given = [*options, *(["config"] if config else []), *(["name"] if name else [])]
         raise ValueError(f"--resume {resume}: expected no other settings (the run has its own), got {', '.join(given)}")
-    _quieten_frameworks()
     from cppo.lab.config import RunConfig, load_config
+
+    # The settings are checked before the frameworks take their seconds to load.
+    settings = load_config(config) if config else RunConfig()
+    settings = dataclasses.replace(settings, **options)
+    _quieten_frameworks()
     from cppo.lab.experiment import begin, carry_on
 
     console = _console(stderr=as_json)
     if resume is not None:
         summaries, report = carry_on(resume, console, quiet=as_json)
     else:
-        settings = load_config(config) if config else RunConfig()
-        settings = dataclasses.replace(settings, **options)
         summaries, report = begin(settings, root, name, console, quiet=as_json)
     if as_json:
         print(json.dumps(summaries, indent=2))

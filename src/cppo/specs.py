@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
 from urllib.parse import parse_qsl
 
-Option = bool | int | float | str
 
+def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options of ``name?key=value&...``.
 
-def parse_spec(text: str) -> tuple[str, dict[str, Option]]:
-    """Return the name and the options of ``name?key=value&...``; values become bool, int or float where they can.
+    Values are numbers, true, false, JSON lists or, if none of these, text.
 
     Raises:
         ValueError: if the part after "?" is not ``key=value&...``, or names a key twice.
     """
     name, _, query = text.partition("?")
-    if not query:
-        return name, {}
     try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
-    except ValueError as error:
-        raise ValueError(f"{text!r}: expected name?key=value&key=value ({error})") from None
-    options = {key: _parse_value(value) for key, value in pairs}
-    if len(options) != len(pairs):
-        raise ValueError(f"{text!r}: expected each key once")
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
+    except ValueError:
+        raise ValueError(f"{text!r}: cannot read the options {query!r}; expected NAME=VALUE&NAME=VALUE") from None
+    options: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in options:
+            raise ValueError(f"{text!r}: the option {key!r} is given twice; expected it once")
+        options[key] = _parse_value(value)
     return name, options
 
 
-def _parse_value(text: str) -> Option:
+def _parse_value(text: str) -> object:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

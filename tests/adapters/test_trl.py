@@ -40,12 +40,13 @@ def reward_letters(completions, **_):
 
 
 def make_config(tmp_path, **overrides):
-    settings = dict(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=4, num_generations=4,
-        gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2, max_completion_length=7, max_steps=6,
-        learning_rate=2e-2, lr_scheduler_type="constant", max_grad_norm=1e9, gradient_checkpointing=False,
-        report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True, top_k=0, loss_type="dapo", seed=3,
-    )  # fmt: skip
+    settings = {
+        "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4,
+        "num_generations": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2,
+        "max_completion_length": 7, "max_steps": 6, "learning_rate": 2e-2, "lr_scheduler_type": "constant",
+        "max_grad_norm": 1e9, "gradient_checkpointing": False, "report_to": [], "logging_steps": 1,
+        "save_strategy": "no", "disable_tqdm": True, "top_k": 0, "loss_type": "dapo", "seed": 3,
+    }  # fmt: skip
     return adapter.GRPOConfig(**(settings | overrides))
 
 
@@ -157,7 +158,12 @@ def test_the_loss_type_chooses_only_the_normaliser(tmp_path, loss_type):
 
 def test_truncated_completions_and_temperature_keep_the_closed_form(tmp_path):
     trainer = make_trainer(
-        tmp_path, METHODS["cppo"], mask_truncated_completions=True, temperature=0.7, max_completion_length=12, max_steps=3
+        tmp_path,
+        METHODS["cppo"],
+        mask_truncated_completions=True,
+        temperature=0.7,
+        max_completion_length=12,
+        max_steps=3,
     )
     trainer.train()
     empty = [(batch["completion_mask"].sum(1) == 0).float().mean() for step in trainer.steps for batch in step[0]]
@@ -187,7 +193,7 @@ def noisy_engine(prompts, trainer):
     tokenizer = trainer.processing_class
     generator = torch.Generator().manual_seed(len(prompts))
     prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    completion_ids = [torch.randint(0, 8, (5,), generator=generator).tolist() + [8] for _ in prompts]
+    completion_ids = [[*torch.randint(0, 8, (5,), generator=generator).tolist(), 8] for _ in prompts]
     logprobs = [(-2 + 0.3 * torch.randn(6, generator=generator)).tolist() for _ in prompts]
     logprobs[0][2] = None
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
@@ -195,10 +201,9 @@ def noisy_engine(prompts, trainer):
 
 def test_engine_log_probs_are_the_rollout_policy_and_nan_gives_no_gradient(tmp_path):
     method = cppo.CPPO(delta=0.05, delta_b=0.01)
+    schedule = {"gradient_accumulation_steps": 4, "num_iterations": 1, "max_steps": 2}
+    trainer = make_trainer(tmp_path, method, rollout_func=noisy_engine, **schedule)
     with pytest.warns(UserWarning, match="NaN or infinite"):
-        trainer = make_trainer(
-            tmp_path, method, rollout_func=noisy_engine, gradient_accumulation_steps=4, num_iterations=1, max_steps=2
-        )
         trainer.train()
     for micro_batches, gradient, weights in trainer.steps:
         rollout = [batch["sampling_per_token_logps"] for batch in micro_batches]
@@ -253,6 +258,14 @@ def test_what_cannot_work_is_refused_with_the_reason(tmp_path, overrides, messag
 def test_a_divergence_that_trl_does_not_keep_is_refused(tmp_path):
     with pytest.raises(ValueError, match="topk_tv"):
         make_trainer(tmp_path, cppo.CPPO(divergence="topk_tv"))
+
+
+def test_a_model_that_truncates_by_itself_is_refused(tmp_path, monkeypatch):
+    made = make_model()
+    made.generation_config.typical_p = 0.5
+    monkeypatch.setitem(globals(), "make_model", lambda: made)
+    with pytest.raises(ValueError, match=r"model\.generation_config\.typical_p=0\.5"):
+        make_trainer(tmp_path, cppo.CPPO())
 
 
 def test_a_drifted_hook_is_refused(tmp_path, monkeypatch):

@@ -156,6 +156,15 @@ class TrustRegionTrainer(GRPOTrainer):
         self.method = method
         self._decisions: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         super().__init__(*args, **kwargs)
+        # What TRL leaves unset, generation takes from the model's own settings.
+        own = getattr(self.model, "generation_config", None)
+        for name in ("typical_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "num_beams"):
+            value = getattr(own, name, None)
+            if value not in _NEUTRAL_SAMPLING[name] and name not in (config.generation_kwargs or {}):
+                raise ValueError(
+                    f"model.generation_config.{name}={value!r}: expected {_NEUTRAL_SAMPLING[name][-1]!r}; the sampler "
+                    "would not be the policy whose ratio is taken"
+                )
         self.off_policy_mask_threshold = 0.0  # any number makes TRL ask the hook
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def effective_budget(runs: list[RunData]) -> Figure:
         if steps:
             axes.plot(steps, budget, color=colour, label=run.label)
             drawn = True
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     if drawn:
         axes.legend(fontsize=8, frameon=False)
     else:

@@ -13,15 +13,27 @@ from matplotlib.figure import Figure
 from cppo.inspect import plots
 
 _CAPTIONS = (
-    (plots.learning_curve, "Success on problems that were never trained on, before and during training. Bars: one "
-     "standard error over the problems."),
-    (plots.divergence_by_position, "How far the policy had drifted from the policy that sampled, token by token, over "
-     "all updates. Early drift changes everything after it; the position weight is strict there."),
-    (plots.effective_budget, "What a token deposits in its response's account. Adaptive budgets follow the response's "
-     "own 90th percentile of divergence between b_min and 2 b_min."),
-    (plots.divergence_by_position, "How far the policy had drifted from the one that sampled, token by token, over "
-     "before them had used up the budget."),
-)  # fmt: skip
+    (
+        plots.learning_curve,
+        "Success on problems that were never trained on, before and during training. Bars: one standard error over "
+        "the problems.",
+    ),
+    (
+        plots.divergence_by_position,
+        "How far the policy had drifted from the one that sampled, token by token, over all updates. Early drift "
+        "changes everything after it; the position weight is strict there.",
+    ),
+    (
+        plots.effective_budget,
+        "What a token deposits in its response's account. An adaptive budget follows the 90th percentile of the "
+        "response's own divergence, between b_min and 2 b_min.",
+    ),
+    (
+        plots.masked_by_cause,
+        "Tokens whose gradient was dropped: because they alone moved too far, or because the prefix before them had "
+        "used up the budget.",
+    ),
+)
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -39,7 +51,7 @@ figcaption {{ font-size: 0.9rem; color: #555; }}
 svg {{ width: 100%; height: auto; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; margin: 1rem 0; }}
-th, td {{ padding: 0.3rem 0.8rem; text-align: right; border-bottom: 1px solid #ddd; }}
+th, td {{ padding: 0.3rem 0.8rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }}
 @media (max-width: 26rem) {{ .figures {{ grid-template-columns: 1fr; }} }}
 </style></head><body>
@@ -61,7 +73,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _table(summaries: list[dict[str, Any]]) -> str:
-    heads = ("method", "start", "final", "best", "masked", "of these by the budget alone", "mean |pi - mu|")
+    heads = ("method", "start", "final", "best", "masked", "by budget", "mean |pi - mu|")
     rows = []
     for summary in summaries:
         result = summary["result"]

@@ -14,7 +14,7 @@ from cppo.methods import parse_method
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Settings of one run. The defaults are the demo: a tiny model, the running sum, CPPO, eight updates a rollout.
+    """Settings of one run. The defaults are the demo: a tiny model, the running sum, CPPO, sixteen updates a rollout.
 
     Args:
         task: as ``make_task`` takes it, such as ``running_sum`` or ``reasoning_gym:chain_sum?min_terms=2``.
@@ -56,8 +56,8 @@ class RunConfig:
     generations: int = 8
     minibatch: int = 32
     gradient_accumulation: int = 1
-    epochs: int = 1
-    learning_rate: float = 5e-4
+    epochs: int = 2
+    learning_rate: float = 7e-4
     schedule: str = "constant"
     warmup: int = 0
     temperature: float = 1.0
@@ -67,7 +67,7 @@ class RunConfig:
     eval_samples: int = 1
     eval_every: int = 2
     checkpoint_every: int = 4
-    warm_start_steps: int = 200
+    warm_start_steps: int = 250
     lora_rank: int = 0
     report_to: tuple[str, ...] = ()
     threads: int = 1

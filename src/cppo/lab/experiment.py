@@ -40,8 +40,8 @@ def carry_on(path: Path, console: Console, *, quiet: bool = False) -> Outcome:
 def _finish(folder: RunFolder, config: RunConfig, console: Console, *, quiet: bool) -> Outcome:
     start = folder.checkpoints / "start"
     runs = [(folder, config)]
-    for method in config.beside:
-        other = folder.path.with_name(f"{folder.path.name}.{method.partition('?')[0]}")
+    for number, method in enumerate(config.beside, start=1):
+        other = folder.path.with_name(f"{folder.path.name}.{number}-{method.partition('?')[0]}")
         settings = beside_config(config, method)
         runs.append((RunFolder.open(other) if other.exists() else start_run(settings, other), settings))
     summaries = []
@@ -51,11 +51,21 @@ def _finish(folder: RunFolder, config: RunConfig, console: Console, *, quiet: bo
             continue
         with LiveDisplay(f"{settings.method}  ({part.path})", console, quiet=quiet) as display:
             summaries.append(Run(settings, part, display, start).train())
-    data = [load_run(settings.method, read_metrics(part.metrics), part.rollouts) for part, settings in runs]
+    labels = _labels([settings.method for _, settings in runs])
+    data = [
+        load_run(label, read_metrics(part.metrics), part.rollouts)
+        for label, (part, _) in zip(labels, runs, strict=True)
+    ]
     write_report(folder.report, data, summaries)
     for (part, _), run, summary in list(zip(runs, data, summaries, strict=True))[1:]:
         write_report(part.report, [run], [summary])
     return summaries, folder.report
+
+
+def _labels(methods: list[str]) -> list[str]:
+    """Return the methods' names, with their knobs only where names alone would not tell them apart."""
+    names = [method.partition("?")[0] for method in methods]
+    return names if len(set(names)) == len(names) else methods
 
 
 def evaluate_model(

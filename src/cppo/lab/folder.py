@@ -33,20 +33,22 @@ class RunFolder:
         Raises:
             ValueError: if the folder exists or cannot be made or written to.
         """
-        folder = cls(path)
+        made = path.with_name(path.name + ".tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
-            folder.rollouts.mkdir()
-            folder.checkpoints.mkdir()
-            write_whole(folder.config, config)
+            if path.exists():
+                raise FileExistsError
+            shutil.rmtree(made, ignore_errors=True)
+            for part in ("rollouts", "checkpoints"):
+                (made / part).mkdir(parents=True)
+            (made / "config.yaml").write_text(config, encoding="utf-8")
+            made.rename(path)  # the folder appears whole, or not at all
         except FileExistsError:
             raise ValueError(
                 f"run folder {path}: exists; expected a new one (choose another --name, or --resume it)"
             ) from None
         except OSError as error:
             raise ValueError(f"run folder {path}: cannot be written: {error.strerror}") from None
-        return folder
+        return cls(path)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -75,7 +77,7 @@ class RunFolder:
             else:
                 shutil.rmtree(path)
         step = max(whole, default=0)
-        kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
+        kept = [row for row in read_metrics(self.metrics) if row["step"] <= step] if whole else []
         write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         for path in self.rollouts.iterdir():
             if path.suffix != ".parquet" or int(path.stem.removeprefix("step-")) > step:

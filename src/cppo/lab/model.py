@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -137,6 +138,17 @@ def load_pretrained(
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def check_pretrained(name_or_path: str, gguf_file: str | None = None) -> None:
+    """Raise what :func:`load_pretrained` would raise for a name that leads nowhere, without loading weights."""
+    source, gguf_file = _locate(name_or_path, gguf_file)
+    if gguf_file is None and not os.path.isdir(source):
+        try:
+            AutoConfig.from_pretrained(source)
+        except Exception as error:  # noqa: BLE001  the hub client raises errors of many kinds
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            raise ValueError(f"name_or_path={source!r}: cannot be found ({reason})") from None
 
 
 def _locate(name: str, gguf_file: str | None) -> tuple[str, str | None]:

@@ -20,13 +20,14 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from trl.trainer.grpo_config import GRPOConfig
 
 from cppo.lab.config import RunConfig, dump_config
 from cppo.lab.evaluation import Evaluation, evaluate
 from cppo.lab.folder import RunFolder, read_metrics, write_whole
 from cppo.lab.ledger import CpuLedger
-from cppo.lab.model import build_char_tokenizer, build_tiny_model, load_pretrained
+from cppo.lab.model import build_char_tokenizer, build_tiny_model, check_pretrained, load_pretrained
 from cppo.lab.problems import Demonstrable, Task
 from cppo.lab.tasks import make_task
 from cppo.lab.trainer import LabTrainer, TaskReward
@@ -185,19 +186,15 @@ class Run:
             return load_pretrained(config.model, gguf_file=config.gguf_file)
         if (self.start / "model.safetensors").is_file():
             return load_pretrained(str(self.start))
-        if self.task.alphabet is None or not isinstance(self.task, Demonstrable):
-            raise ValueError(
-                f"model='tiny': expected a task with a demonstrator to warm-start on; {self.task.name!r} has none "
-                "(give --model a pretrained model)"
-            )
-        tokenizer = build_char_tokenizer(self.task.alphabet)
+        tokenizer = build_char_tokenizer(check_demonstrated(self.task))
         model = build_tiny_model(tokenizer, seed=config.seed)
         self.observer.phase("warm start", config.warm_start_steps)
-        with self.ledger.phase("warm start"):
-            warm_start(
-                model, tokenizer, self.task, steps=config.warm_start_steps, seed=config.seed,
-                on_step=lambda *_: self.observer.advance(),
-            )  # fmt: skip
+        if config.warm_start_steps:
+            with self.ledger.phase("warm start"):
+                warm_start(
+                    model, tokenizer, self.task, steps=config.warm_start_steps, seed=config.seed,
+                    on_step=lambda *_: self.observer.advance(),
+                )  # fmt: skip
         temporary = self.start.with_name(self.start.name + ".tmp")
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -222,8 +219,8 @@ class Run:
             learning_rate=config.learning_rate,
             lr_scheduler_type="linear" if config.schedule == "linear" else "constant_with_warmup",
             warmup_steps=config.warmup,
-            adam_beta2=float(os.environ.get("B2", "0.95")),
-            max_grad_norm=float(os.environ.get("GN", "1.0")),
+            adam_beta2=0.95,
+            max_grad_norm=1.0,
             shuffle_dataset=False,
             use_cpu=not torch.cuda.is_available(),
             bf16=False,
@@ -240,7 +237,7 @@ class Run:
     def _summarise(self) -> dict[str, Any]:
         """Everything under ``result`` is the same for the same settings on the same machine; ``cost`` is not."""
         config, rows = self.config, read_metrics(self.folder.metrics)
-        evaluations = [(row["step"], row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
+        evaluations = [[row["step"], row["eval/accuracy"]] for row in rows if "eval/accuracy" in row]
         updates = [row for row in rows if row["step"] > 0]
 
         def mean(name: str) -> float | None:
@@ -279,8 +276,23 @@ class Run:
 
 def start_run(config: RunConfig, path: Path) -> RunFolder:
     """Make the folder of a new run, after everything that can be checked was checked."""
-    make_task(config.task)
+    task = make_task(config.task)
+    get_reporting_integration_callbacks(list(config.report_to))  # a tracker that is unknown or not installed
+    if config.model == "tiny":
+        check_demonstrated(task)
+    else:
+        check_pretrained(config.model, config.gguf_file)
     return RunFolder.create(path, dump_config(config, _versions()))
+
+
+def check_demonstrated(task: Task) -> str:
+    """Return the alphabet of a task that the tiny model can be warm-started on."""
+    if task.alphabet is None or not isinstance(task, Demonstrable):
+        raise ValueError(
+            f"model='tiny': expected a task with a demonstrator to warm-start on; {task.name!r} has none (give --model "
+            "a pretrained model)"
+        )
+    return task.alphabet
 
 
 def beside_config(config: RunConfig, method: str) -> RunConfig:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
-from urllib.parse import parse_qsl
 
 from cppo.lab.math_task import MathFile
 from cppo.lab.problems import Demonstrable, Problem, Split, Task
 from cppo.lab.reasoning_gym_task import ReasoningGym
 from cppo.lab.running_sum import RunningSum
+from cppo.specs import parse_spec
 
 __all__ = ["TASKS", "Demonstrable", "MathFile", "Problem", "ReasoningGym", "RunningSum", "Split", "Task", "make_task"]
 
@@ -34,11 +33,13 @@ def make_task(name: str, **options: Any) -> Task:
         ValueError: for an unknown task or option, an option given twice, or a value out of its range.
         FileNotFoundError: for a file of problems that does not exist.
     """
-    address, _, query = name.partition("?")
+    address, given = parse_spec(name)
     kind, _, target = address.partition(":")
     if kind not in TASKS or (kind == "running_sum") != (address == kind) or (kind != "running_sum" and not target):
         raise ValueError(f"name={name!r}: no such task; expected one of {'; '.join(TASKS.values())}")
-    options = _merge(name, query, options)
+    if twice := given.keys() & options.keys():
+        raise ValueError(f"{name!r}: the option {min(twice)!r} is given twice; expected it once")
+    options = given | options
     if kind == "running_sum":
         _check_known(name, options, [field.name for field in dataclasses.fields(RunningSum)])
         return RunningSum(**options)
@@ -47,28 +48,6 @@ def make_task(name: str, **options: Any) -> Task:
         return MathFile(target, **options)
     own = {key: options.pop(key) for key in ("few_shot", "max_completion_tokens") if key in options}
     return ReasoningGym(target, dataset_options=options, **own)
-
-
-def _merge(name: str, query: str, options: dict[str, Any]) -> dict[str, Any]:
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
-    except ValueError:
-        raise ValueError(f"name={name!r}: cannot read the options {query!r}; expected NAME=VALUE&NAME=VALUE") from None
-    merged = dict(options)
-    for key, text in pairs:
-        if key in merged:
-            raise ValueError(f"name={name!r}: the option {key!r} is given twice; expected it once")
-        merged[key] = _value(text)
-    return merged
-
-
-def _value(text: str) -> object:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _check_known(name: str, options: dict[str, Any], known: list[str]) -> None:

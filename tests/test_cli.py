@@ -1,0 +1,61 @@
+"""The command line: help, machine output, and one clear line with exit code 2 for what a user can mend."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.train
+
+
+def cppo_command(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-c", "from cppo.cli import main; main()", *map(str, arguments)],
+        capture_output=True, text=True, cwd=cwd, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [[], ["train"], ["eval"], ["methods"]])
+def test_help_has_examples(name):
+    done = cppo_command(*name, "--help")
+    assert done.returncode == 0
+    if name:
+        assert "Examples" in done.stdout
+
+
+def test_methods_lists_every_method_and_prints_one_in_full():
+    listed = json.loads(cppo_command("methods", "--json").stdout)
+    assert list(listed) == ["cppo", "dppo", "grpo", "policy_gradient"]
+    assert listed["cppo"]["knobs"]["delta"] == 0.15
+    table = cppo_command("methods").stdout
+    assert all(name in table for name in listed)
+    assert "Eqs. 8-11" in cppo_command("methods", "cppo").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["methods", "ppo"], "'ppo': expected one of cppo, dppo"),
+        (["train", "--method", "ppo"], "method='ppo': expected one of"),
+        (["train", "--method", "cppo?delta=-1"], "delta=-1"),
+        (["train", "--task", "running_sums"], "running_sums"),
+        (["train", "--model", "./nowhere", "--task", "reasoning_gym:chain_sum"], "nowhere"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--resume", "nowhere"], "nowhere"),
+        (["train", "--resume", "nowhere", "--seed", "3"], "expected no other settings"),
+        (["train", "--name", "a/b"], "'a/b'"),
+        (["train", "--root", "/proc/nowhere"], "/proc/nowhere"),
+        (["train", "--report-to", "no_such_tracker"], "no_such_tracker"),
+        (["eval", "./nowhere", "--task", "running_sum"], "nowhere"),
+        (["eval", "./nowhere"], "--task"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_nothing_is_left_behind(tmp_path, arguments, message):
+    done = cppo_command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
