@@ -21,7 +21,7 @@ from .ops.reduction import Reduction, linear_loss, loss_denominator, loss_weight
 # Decision.rejected_by
 TOKEN_THRESHOLD, PREFIX_BUDGET, OTHER_RULE = 1, 2, 3
 
-_BLOCK_TOKENS = 65536
+_BLOCK_TOKENS = 131072
 
 
 @dataclasses.dataclass(frozen=True)

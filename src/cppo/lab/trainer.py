@@ -90,8 +90,8 @@ class LabTrainer(TrustRegionTrainer):
 
     def on_decision(self, decision: Decision) -> None:
         """Log the micro-batch's responses besides the metrics."""
-        super().on_decision(decision)
         with self._ledger.phase("own"):
+            super().on_decision(decision)
             self._on_rows(self._rows(decision))
 
     def _rows(self, decision: Decision) -> list[dict[str, Any]]:
