@@ -5,13 +5,19 @@
 
 CPU time of the calling thread, one thread, medians; each pair is timed alternately, so that the machine's mood hits
 both. Nothing is timed before the two forms agree: where the correctness check is red, no ratio is printed.
+
+The C allocator is told to keep freed memory while timing (page faults, of which a fresh process has many and a training
+process few, would decide the outcome otherwise), and to give it back at once while measuring the peak.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
@@ -102,7 +108,7 @@ def resident_bytes(kind):
 
 def peak_bytes(form, logp):
     leaf = logp.clone().requires_grad_()
-    form(leaf).backward()  # allocator warm-up; freed blocks of this size go back to the system
+    form(leaf).backward()
     leaf.grad = None
     gc.collect()
     with open("/proc/self/clear_refs", "w") as clear:
@@ -112,31 +118,55 @@ def peak_bytes(form, logp):
     return resident_bytes("VmHWM") - before
 
 
+def padded_forms(adaptive):
+    logp, rollout, advantages, mask, _ = make_batch(64, 8192)
+    keep = mask.bool()
+    method = cppo.CPPO(delta=DELTA, delta_b=DELTA_B, w_min=W_MIN, budget="adaptive" if adaptive else "fixed")
+
+    def ours(x):
+        return cppo.policy_loss(method, x, rollout, advantages, keep).loss
+
+    def theirs(x):
+        return plain_autograd(x, rollout, advantages, mask, adaptive=adaptive)
+
+    return logp, ours, theirs
+
+
+def print_peaks():
+    for adaptive in (False, True):
+        logp, ours, theirs = padded_forms(adaptive)
+        mine, reference = (peak_bytes(form, logp) / logp.numel() for form in (ours, theirs))
+        label = f"peak extra, {'adaptive' if adaptive else 'fixed'} budget"
+        print(f"{label:44s} {mine:7.1f} {reference:7.1f} bytes/token, gradient included")
+
+
+def run_with(environment, *arguments):
+    subprocess.run([sys.executable, __file__, *arguments], env=os.environ | environment, check=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    repeats = 5 if parser.parse_args().quick else 15
+    parser.add_argument("--part", choices=["time", "peak"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.part == "peak":
+        print_peaks()
+    elif options.part == "time":
+        print_times(5 if options.quick else 15)
+    else:
+        keep = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+        run_with(keep, "--part", "time", *(["--quick"] if options.quick else []))
+        run_with({"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}, "--part", "peak")
 
-    print("Padded [64, 8192], float32: cppo.policy_loss + backward against plain autograd")
-    logp, rollout, advantages, mask, lengths = make_batch(64, 8192)
-    keep = mask.bool()
+
+def print_times(repeats):
+
+    print("Padded [64, 8192], float32: cppo.policy_loss + backward against plain autograd", flush=True)
     for adaptive in (False, True):
-        method = cppo.CPPO(delta=DELTA, delta_b=DELTA_B, w_min=W_MIN, budget="adaptive" if adaptive else "fixed")
+        logp, ours, theirs = padded_forms(adaptive)
         label = "adaptive budget (theirs: nanquantile)" if adaptive else "fixed budget"
-
-        def ours(x, method=method):
-            return cppo.policy_loss(method, x, rollout, advantages, keep).loss
-
-        def theirs(x, adaptive=adaptive):
-            return plain_autograd(x, rollout, advantages, mask, adaptive=adaptive)
-
         compare(label, ours, theirs, logp, logp.numel(), repeats)
-        print(
-            f"{'  peak extra bytes a token':44s} {peak_bytes(ours, logp) / logp.numel():7.1f} "
-            f"{peak_bytes(theirs, logp) / logp.numel():7.1f}"
-        )
-
     print("Packed, ragged: one pass against a loop over responses")
     for responses, width in ((256, 1600), (32, 13000)):
         logp, rollout, advantages, mask, lengths = make_batch(responses, width)

@@ -83,6 +83,7 @@ def main():
             print(f"WRONG: without clipping the gradients differ by {error:.1e}; no ratio")
             continue
         ours.method = cppo.CPPO()
+        ours._tallies.clear()
         timed = [(micro_step(ours, ours_batch)[0], micro_step(theirs, theirs_batch)[0]) for _ in range(pairs + 2)][2:]
         ratios = sorted(a / b for a, b in timed)
         quarter = len(ratios) // 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .methods import BINARY_DIVERGENCES, METHODS, Method
 from .ops.layout import Layout, PackedLayout, PaddedLayout
-from .ops.masking import bit_mask, zero_outside_
+from .ops.masking import bit_mask, finite_bits, zero_outside_
 from .ops.reduction import REDUCTIONS
 
 
@@ -22,7 +23,7 @@ class Batch:
     logp: Tensor  # token-shaped
     rollout_logp: Tensor  # token-shaped
     advantages: Tensor  # broadcasts against token-shaped; finite, 0 where they were not
-    advantages_finite: Tensor  # bool, like advantages
+    advantages_bits: Tensor  # like advantages: all bits one where it was finite
     divergence: Tensor | None  # token-shaped
     layout: Layout
     dtype: torch.dtype
@@ -30,11 +31,20 @@ class Batch:
     def tokens(self) -> Tokens:
         """Return the tokens that can be judged, and their log-ratios."""
         log_ratio = self.logp - self.rollout_logp
-        usable = (log_ratio.abs() < math.inf).logical_and_(self.layout.mask).logical_and_(self.advantages_finite)
+        bits = bit_mask(self.layout.mask, self.dtype)
+        # On a CPU one sum tells whether there is anything to look for; elsewhere asking would stall the device.
+        total = zero_outside_(log_ratio, bits).sum()
+        if (
+            total.device.type == "cpu"
+            and self.divergence is None
+            and math.isfinite(total)
+            and self.advantages_bits.all()
+        ):
+            return Tokens(bits, log_ratio)
+        bits.bitwise_and_(finite_bits(log_ratio)).bitwise_and_(self.advantages_bits)
         if self.divergence is not None:
-            usable.logical_and_(self.divergence.isfinite())
-        bits = bit_mask(usable, self.dtype)
-        return Tokens(usable, bits, zero_outside_(log_ratio, bits))
+            bits.bitwise_and_(finite_bits(self.divergence))
+        return Tokens(bits, zero_outside_(log_ratio, bits))
 
     def select(self, responses: slice, tokens: slice) -> Batch:
         """Return one block of the batch (see ``Layout.blocks``), as views."""
@@ -42,7 +52,7 @@ class Batch:
             logp=self.logp[tokens],
             rollout_logp=self.rollout_logp[tokens],
             advantages=self.advantages[tokens],
-            advantages_finite=self.advantages_finite[tokens],
+            advantages_bits=self.advantages_bits[tokens],
             divergence=None if self.divergence is None else self.divergence[tokens],
             layout=self.layout.select(responses, tokens),
             dtype=self.dtype,
@@ -53,9 +63,13 @@ class Batch:
 class Tokens:
     """What can be judged of a batch: response tokens whose log-probs, advantage and given divergence are finite."""
 
-    usable: Tensor  # bool, token-shaped
-    bits: Tensor  # the same as a bit mask of the batch's dtype
-    log_ratio: Tensor  # log rho_t = logp - rollout_logp; 0 where not usable
+    bits: Tensor  # token-shaped: all bits one at such a token, else zero (see ops.masking)
+    log_ratio: Tensor  # log rho_t = logp - rollout_logp; 0 at the others
+
+    @property
+    def usable(self) -> Tensor:
+        """The same as bool."""
+        return self.bits != 0
 
 
 def _check_tensor(name: str, value: object) -> Tensor:
@@ -87,10 +101,13 @@ def _check_mask(mask: object, logp: Tensor) -> Tensor:
 
 
 def _check_lengths(lengths: Tensor | Sequence[int], logp: Tensor) -> Tensor:
-    try:
-        tensor = lengths if isinstance(lengths, Tensor) else torch.tensor(lengths, dtype=torch.int64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"lengths={lengths!r}: expected integers, one a response") from error
+    if isinstance(lengths, Tensor):
+        tensor = lengths
+    else:
+        try:
+            tensor = torch.tensor([operator.index(length) for length in lengths], dtype=torch.int64)
+        except TypeError:
+            raise TypeError(f"lengths={lengths!r}: expected integers, one a response") from None
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise ValueError(f"lengths: expected integers [B], got {tensor.dtype} {list(tensor.shape)}")
     if tensor.device.type == "cpu":  # on an accelerator, looking would stall it
@@ -167,7 +184,7 @@ def check_batch(
         logp=logp.to(dtype),
         rollout_logp=rollout_logp.to(dtype),
         advantages=advantages.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0),
-        advantages_finite=advantages.isfinite(),
+        advantages_bits=finite_bits(advantages),
         divergence=None if divergence is None else divergence.to(dtype),
         layout=layout,
         dtype=dtype,
@@ -181,8 +198,11 @@ def check_reduction(reduction: str, denominator: float | Tensor | None, fixed_le
     if isinstance(denominator, Tensor):
         if denominator.dim() != 0:
             raise ValueError(f"denominator: expected a number or a 0-d tensor, got shape {list(denominator.shape)}")
-    elif denominator is not None and not 0 < denominator < math.inf:
-        raise ValueError(f"denominator={denominator!r}: expected a positive finite number")
+    elif denominator is not None:
+        if isinstance(denominator, bool) or not isinstance(denominator, int | float):
+            raise TypeError(f"denominator={denominator!r}: expected a number or a 0-d tensor")
+        if not 0 < denominator < math.inf:
+            raise ValueError(f"denominator={denominator!r}: expected a positive finite number")
     if (reduction == "fixed-length") != (fixed_length is not None):
         raise ValueError(
             f"fixed_length={fixed_length!r}: expected a positive integer with reduction='fixed-length', else None "

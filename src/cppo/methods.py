@@ -64,7 +64,7 @@ class CPPO:
         gate: "hard" (Eq. 10) or "soft" (Eqs. 19-20).
         divergence: which D; the binary ones come from the log-probs, the others are passed to ``decide``.
         ratio_cap: cap on rho in the coefficient, > 0; None for none.
-        shuffle_seed: which permutation ``position="shuffled"`` takes.
+        shuffle_seed: which permutation ``position="shuffled"`` takes, in [0, 2^63).
     """
 
     delta: float = 0.15
@@ -87,7 +87,9 @@ class CPPO:
         _check_choice(self, "divergence", DIVERGENCES)
         _check_cap(self)
         if isinstance(self.shuffle_seed, bool) or not isinstance(self.shuffle_seed, int):
-            raise TypeError(f"CPPO(shuffle_seed={self.shuffle_seed!r}): expected an integer")
+            raise TypeError(f"CPPO(shuffle_seed={self.shuffle_seed!r}): expected an integer in [0, 2^63)")
+        if not 0 <= self.shuffle_seed < 2**63:
+            raise ValueError(f"CPPO(shuffle_seed={self.shuffle_seed!r}): expected an integer in [0, 2^63)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,19 +6,55 @@ does not exist for a method is left out. On an empty batch fractions and means a
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .ops.divergence import binary_tv
+from .ops.layout import accumulation_dtype
 from .ops.ratios import importance_ratio
 
 if TYPE_CHECKING:
     from .objective import Decision
 
+PREFIX_BUDGET = 2  # the code in Decision.rejected_by
 
-@torch.no_grad()
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """Sums from which the metrics follow, so that parts of a batch add up to what the whole would have given.
+
+    Micro-batches and processes see parts of an optimizer batch. Means of their means would weigh an empty part like a
+    full one; sums and counts do not.
+    """
+
+    names: tuple[str, ...]
+    sums: Tensor  # [M, 2]: numerator and denominator of each name
+    peak_names: tuple[str, ...]
+    peaks: Tensor  # [P]: maxima
+    first_nonfinite: Tensor  # 0-d: flat index in the (first) part that has one, or -1
+
+    def __add__(self, other: Tally) -> Tally:
+        """Return the tally of two parts of a batch, judged by one method."""
+        first = torch.where(self.first_nonfinite >= 0, self.first_nonfinite, other.first_nonfinite)
+        peaks = torch.maximum(self.peaks, other.peaks)
+        return dataclasses.replace(self, sums=self.sums + other.sums, peaks=peaks, first_nonfinite=first)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return the metrics as 0-d tensors; a mean over nothing is 0."""
+        numerators, denominators = self.sums.unbind(dim=1)
+        means = numerators / denominators.clamp(min=1)
+        # A count has denominator 0.
+        values = torch.where(denominators > 0, means, numerators).unbind()
+        return (
+            dict(zip(self.names, values, strict=True))
+            | dict(zip(self.peak_names, self.peaks.unbind(), strict=True))
+            | {"input/first_nonfinite": self.first_nonfinite}
+        )
+
+
 def decision_metrics(decision: Decision) -> dict[str, Tensor]:
     """Return the metrics of one decision.
 
@@ -32,44 +68,52 @@ def decision_metrics(decision: Decision) -> dict[str, Tensor]:
     - ``input/tokens``, ``input/responses``: what was judged. ``input/nonfinite``: response tokens with a NaN or
       infinite log-prob, advantage or divergence; ``input/first_nonfinite``: flat index of the first, or -1.
     """
+    return tally(decision).metrics()
+
+
+@torch.no_grad()
+def tally(decision: Decision) -> Tally:
+    """Return the sums behind the metrics of one decision; those of the parts of a batch add up."""
     batch, trace = decision.batch, decision.trace
     mask = batch.layout.mask
     tokens = batch.tokens()
     usable, log_ratio = tokens.usable, tokens.log_ratio
-    response_tokens = mask.sum()
-    count = response_tokens.clamp(min=1)
+    count = mask.sum()
+    responses = batch.layout.lengths > 0
     broken = mask & ~usable
     rejected = (decision.rejected_by > 0) & usable
-    rejections = rejected.sum()
     positive, negative = usable & (batch.advantages > 0), usable & (batch.advantages < 0)
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.where(usable, values, 0.0).sum() / count
-
-    ratio = importance_ratio(log_ratio)
-    metrics = {
-        "gate/mean": decision.gate.sum() / count,
-        "gate/masked_fraction": rejections / count,
-        "gate/masked_fraction_positive": (rejected & positive).sum() / positive.sum().clamp(min=1),
-        "gate/masked_fraction_negative": (rejected & negative).sum() / negative.sum().clamp(min=1),
-        "divergence/probability_gap": mean(binary_tv(batch.logp, batch.rollout_logp)),
-        "ratio/mean": mean(ratio),
-        "ratio/max": _max(torch.where(usable, ratio, 0.0)),
-        "ratio/kl_k3": mean(ratio - 1 - log_ratio),
-        "input/tokens": response_tokens,
-        "input/responses": (batch.layout.lengths > 0).sum(),
-        "input/nonfinite": broken.sum(),
-        "input/first_nonfinite": _first(broken.reshape(-1)),
+    ratio = torch.where(usable, importance_ratio(log_ratio), 0.0)
+    gap = torch.where(usable, binary_tv(batch.logp, batch.rollout_logp), 0.0)
+    nothing = torch.zeros((), device=mask.device)
+    sums = {
+        "gate/mean": (decision.gate.sum(), count),
+        "gate/masked_fraction": (rejected.sum(), count),
+        "gate/masked_fraction_positive": ((rejected & positive).sum(), positive.sum()),
+        "gate/masked_fraction_negative": ((rejected & negative).sum(), negative.sum()),
+        "divergence/probability_gap": (gap.sum(), count),
+        "ratio/mean": (ratio.sum(), count),
+        "ratio/kl_k3": (torch.where(usable, ratio - 1 - log_ratio, 0.0).sum(), count),
+        "input/tokens": (count, nothing),
+        "input/responses": (responses.sum(), nothing),
+        "input/nonfinite": (broken.sum(), nothing),
     }
+    peaks = {"ratio/max": _max(ratio)}
     if trace.divergence is not None:
-        metrics["divergence/mean"] = trace.divergence.sum() / count
-        metrics["divergence/max"] = _max(trace.divergence)
+        sums["divergence/mean"] = (trace.divergence.sum(), count)
+        peaks["divergence/max"] = _max(trace.divergence)
     if trace.prior_account is not None and trace.delta_b is not None:
-        responses = batch.layout.lengths > 0
-        metrics["gate/budget_share"] = (decision.rejected_by == 2).sum() / rejections.clamp(min=1)
-        metrics["account/delta_b"] = torch.where(responses, trace.delta_b, 0).sum() / responses.sum().clamp(min=1)
-        metrics["account/overdrawn_fraction"] = (trace.prior_account < 0).sum() / count
-    return metrics
+        sums["gate/budget_share"] = ((decision.rejected_by == PREFIX_BUDGET).sum(), rejected.sum())
+        sums["account/delta_b"] = (torch.where(responses, trace.delta_b, 0).sum(), responses.sum())
+        sums["account/overdrawn_fraction"] = ((trace.prior_account < 0).sum(), count)
+    wide = accumulation_dtype(mask.device)
+    return Tally(
+        names=tuple(sums),
+        sums=torch.stack([part.to(wide) for pair in sums.values() for part in pair]).view(-1, 2),
+        peak_names=tuple(peaks),
+        peaks=torch.stack(list(peaks.values())),
+        first_nonfinite=_first(broken.reshape(-1)),
+    )
 
 
 def _max(values: Tensor) -> Tensor:

@@ -11,17 +11,19 @@ from torch import Tensor
 
 from . import methods as m
 from .inputs import Batch, Tokens, check_batch, check_reduction
-from .metrics import decision_metrics
+from .metrics import PREFIX_BUDGET, decision_metrics
 from .ops import account, gates
 from .ops.divergence import BINARY
+from .ops.layout import accumulation_dtype
 from .ops.masking import as_dtype, zero_outside_
 from .ops.ratios import importance_ratio
-from .ops.reduction import Reduction, linear_loss, loss_denominator, loss_weights_
+from .ops.reduction import Reduction, linear_loss, loss_denominator, loss_scale
 
 # Decision.rejected_by
-TOKEN_THRESHOLD, PREFIX_BUDGET, OTHER_RULE = 1, 2, 3
+TOKEN_THRESHOLD, OTHER_RULE = 1, 3  # and PREFIX_BUDGET, 2
 
-_BLOCK_TOKENS = 131072
+# Tokens judged at once on a CPU. Smaller blocks save memory and lose time to calls (benchmarks/mask.py).
+_BLOCK_TOKENS = 262144
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,19 +86,21 @@ class Decision:
 
     @functools.cached_property
     def _review(self) -> tuple[Tensor, Trace]:
-        mask = self.batch.layout.mask
+        mask, lengths = self.batch.layout.mask, self.batch.layout.lengths
+
+        def to_tensor(value: Tensor | float) -> Tensor:
+            if isinstance(value, Tensor):
+                return value
+            return torch.tensor(value, dtype=accumulation_dtype(mask.device), device=mask.device)
+
         with torch.no_grad():
             tokens = self.batch.tokens()
+            usable = tokens.usable
             verdict = _RULES[type(self.method)](self.method, self.batch, tokens)
-            cause = torch.as_tensor(verdict.cause(), device=mask.device).to(torch.int8)
-            rejected = (tokens.usable & ~verdict.keep) * cause + (mask & ~tokens.usable) * OTHER_RULE
-            values: dict[str, Tensor] = {}
-            for name, value in verdict.trace.items():
-                if name == "delta_b":
-                    values[name] = torch.as_tensor(value, device=mask.device).expand(self.batch.layout.lengths.shape)
-                else:
-                    values[name] = torch.where(mask, torch.as_tensor(value, device=mask.device), 0)
-            return rejected.to(torch.int8), Trace(**values)
+            rejected = (usable & ~verdict.keep) * verdict.cause() + (mask & ~usable) * OTHER_RULE
+            trace = {name: to_tensor(value) for name, value in verdict.trace.items()}
+            budget = {"delta_b": trace.pop("delta_b").expand(lengths.shape)} if "delta_b" in trace else {}
+            return rejected.to(torch.int8), Trace(**{k: torch.where(mask, v, 0) for k, v in trace.items()}, **budget)
 
     @property
     def rejected_by(self) -> Tensor:
@@ -168,7 +172,7 @@ def _judge_cppo(method: m.CPPO, batch: Batch, tokens: Tokens) -> _Verdict:
         prior = account.prior_account(weight, spent, delta_b, layout)
         limit = account.threshold(prior, delta)
         trace |= {"delta_b": delta_b, "prior_account": prior, "threshold": limit}
-    keep = (spent <= limit).logical_or_(gates.moves_toward(batch.advantages, tokens.log_ratio))
+    keep = account.within(spent, limit).logical_or_(gates.moves_toward(batch.advantages, tokens.log_ratio))
     attenuation = None
     if method.gate == "soft":
         excess = spent / delta
@@ -189,7 +193,7 @@ def _judge_grpo(method: m.GRPO, batch: Batch, tokens: Tokens) -> _Verdict:
 
 
 def _judge_policy_gradient(method: m.PolicyGradient, batch: Batch, tokens: Tokens) -> _Verdict:
-    return _Verdict(torch.ones_like(tokens.usable))
+    return _Verdict(torch.ones_like(tokens.bits, dtype=torch.bool))
 
 
 _RULES: dict[type, Callable[..., _Verdict]] = {
@@ -247,7 +251,7 @@ def decide(
 def _blocks(batch: Batch) -> Iterator[tuple[Batch, slice]]:
     """Yield parts of a batch, whole responses each, and where they stand.
 
-    On a CPU parts that stay in its cache, which halves the time; elsewhere one.
+    On a CPU in blocks, so that the intermediates take little memory, near the cache; elsewhere in one.
     """
     if batch.logp.device.type != "cpu":
         yield batch, slice(None)
@@ -260,9 +264,8 @@ def _judge(method: m.Method, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return (gate, coefficient) of a batch, or of one block of it."""
     tokens = batch.tokens()
     verdict = _RULES[type(method)](method, batch, tokens)
-    gate = as_dtype(verdict.keep.logical_and_(tokens.usable), batch.dtype)
-    if verdict.attenuation is not None:
-        gate = zero_outside_(verdict.attenuation, tokens.bits)
+    gate = as_dtype(verdict.keep, batch.dtype) if verdict.attenuation is None else verdict.attenuation
+    gate = zero_outside_(gate, tokens.bits)
     ratio = importance_ratio(tokens.log_ratio, getattr(method, "ratio_cap", None))
     return gate, ratio.mul_(gate)
 
@@ -308,10 +311,10 @@ def policy_loss(
     check_reduction(reduction, denominator, fixed_length)
     with torch.no_grad():
         batch = check_batch(method, logp, rollout_logp, advantages, response_mask, lengths, divergence)
-        total = loss_denominator(batch.layout, reduction, denominator).to(device=logp.device, dtype=batch.dtype)
+        total = loss_denominator(batch.layout, reduction, denominator, batch.dtype)
         weights = torch.empty(batch.layout.shape, dtype=batch.dtype, device=logp.device)
         for block, tokens in _blocks(batch):
             _, coefficient = _judge(method, block)
-            signed = coefficient.mul_(block.advantages)
-            weights[tokens] = loss_weights_(signed, block.layout, reduction, total, fixed_length)
+            scale = loss_scale(block.advantages, block.layout, reduction, total, fixed_length)
+            torch.mul(coefficient, scale, out=weights[tokens])
     return PolicyLoss(linear_loss(logp, weights), Decision(method, batch))

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
-import torch
 import trl
 from packaging.version import Version
 from torch import Tensor
@@ -23,7 +22,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from cppo.methods import BINARY_DIVERGENCES, CPPO, Method
-from cppo.metrics import decision_metrics
+from cppo.metrics import Tally, tally
 from cppo.objective import Decision, decide
 
 # "cispo" is not among them: it caps TRL's ratio, which is 1 here, at epsilon_high (0.2 by default) and would scale the
@@ -154,7 +153,7 @@ class TrustRegionTrainer(GRPOTrainer):
         engine_log_probs = bool(config.use_vllm or bound.get("rollout_func"))
         check_config(config, method, engine_log_probs=engine_log_probs)
         self.method = method
-        self._decisions: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._tallies: dict[str, Tally] = {}
         super().__init__(*args, **kwargs)
         # What TRL leaves unset, generation takes from the model's own settings.
         own = getattr(self.model, "generation_config", None)
@@ -192,30 +191,28 @@ class TrustRegionTrainer(GRPOTrainer):
         return "train" if self.model is not None and self.model.training else "eval"
 
     def on_decision(self, decision: Decision) -> None:
-        """Collect the metrics of one micro-batch; the host reads them when TRL logs."""
-        mode = self._mode()
-        for name, value in decision_metrics(decision).items():
-            self._decisions[mode][name].append(value.float())
+        """Tally one micro-batch on the device; the host reads the sums when TRL logs."""
+        mode, part = self._mode(), tally(decision)
+        self._tallies[mode] = self._tallies[mode] + part if mode in self._tallies else part
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the trust region's metrics, reduced over micro-batches and processes, to what TRL logs."""
+        """Add the trust region's metrics, over all micro-batches and processes since the last log, to TRL's."""
         mode = self._mode()
-        collected = self._decisions[mode]
-        if collected:
-            means = torch.stack([torch.stack(values).mean() for values in collected.values()])
-            peaks = torch.stack([torch.stack(values).max() for values in collected.values()])
-            means = self.accelerator.reduce(means, reduction="mean")
-            peaks = self.accelerator.gather(peaks[None]).amax(dim=0)
-            reduced = dict(zip(collected, zip(means.tolist(), peaks.tolist(), strict=True), strict=True))
-            for name, (mean, peak) in reduced.items():
-                self._metrics[mode][name].append(peak if name.endswith("/max") else mean)
-            if reduced["input/nonfinite"][1] > 0:
+        if mode in self._tallies:
+            whole = self._tallies.pop(mode)
+            sums = self.accelerator.reduce(whole.sums, reduction="sum")
+            peaks = self.accelerator.gather(whole.peaks[None]).amax(dim=0)
+            whole = replace(whole, sums=sums, peaks=peaks)
+            values = {name: value.item() for name, value in whole.metrics().items()}
+            first = values.pop("input/first_nonfinite")
+            for name, value in values.items():
+                self._metrics[mode][name].append(value)
+            if values["input/nonfinite"] > 0:
                 warnings.warn(
-                    f"{reduced['input/nonfinite'][1]:.0f} response tokens of a micro-batch had a NaN or infinite "
-                    f"log-prob (first at flat index {reduced['input/first_nonfinite'][1]:.0f}); they gave no gradient",
+                    f"{values['input/nonfinite']:.0f} response tokens had a NaN or infinite log-prob (the first at flat "
+                    f"index {first:.0f} of its micro-batch); they gave no gradient",
                     stacklevel=2,
                 )
-            collected.clear()
         super().log(logs, start_time)
 
 

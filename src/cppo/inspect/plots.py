@@ -39,7 +39,7 @@ def load_run(label: str, metrics: list[dict[str, Any]], rollouts: Path) -> RunDa
     for row in read_rollouts(rollouts, ["logp", "rollout_logp", "response_mask"]):
         mask = np.asarray(row["response_mask"], dtype=bool)
         gap = np.abs(np.exp(np.asarray(row["logp"])[mask]) - np.exp(np.asarray(row["rollout_logp"])[mask]))
-        where = np.arange(len(gap)) * _BINS // max(len(gap), 1)
+        where = ((np.arange(len(gap)) + 0.5) * _BINS / max(len(gap), 1)).astype(int)
         for index in np.unique(where):
             gaps[index].append(gap[where == index])
     mean, tail = np.full(_BINS, np.nan), np.full(_BINS, np.nan)
@@ -86,8 +86,10 @@ def divergence_by_position(runs: list[RunData]) -> Figure:
     figure, axes = _figure("Drift by position in the response", "position / length", "|pi - mu| of the sampled token")
     centres = (np.arange(_BINS) + 0.5) / _BINS
     for run, colour in zip(runs, _COLOURS, strict=False):
-        axes.plot(centres, run.divergence, color=colour, label=f"{run.label}: mean")
-        axes.plot(centres, run.divergence_tail, color=colour, linestyle="--", label=f"{run.label}: largest tenth")
+        # Short responses leave bins empty.
+        x, mean, tail = (values[~np.isnan(run.divergence)] for values in (centres, run.divergence, run.divergence_tail))
+        axes.plot(x, mean, color=colour, marker=".", label=f"{run.label}: mean")
+        axes.plot(x, tail, color=colour, marker=".", linestyle="--", label=f"{run.label}: largest tenth")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, frameon=False)
     return figure

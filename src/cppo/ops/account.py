@@ -38,9 +38,9 @@ def shuffled_position_weight(layout: Layout, w_min: float, dtype: torch.dtype, s
 
 
 def _linear_weight(index: Tensor, layout: Layout, w_min: float, dtype: torch.dtype) -> Tensor:
-    slope = (1.0 - w_min) / (layout.lengths - 1).clamp(min=1).to(dtype)
-    weight = index.mul_(layout.spread(slope)).neg_().add_(1.0)
-    return zero_outside_(weight, bit_mask(layout.mask, dtype))
+    slope = (w_min - 1.0) / (layout.lengths - 1).clamp(min=1).to(dtype)
+    one = torch.ones((), dtype=dtype, device=index.device)
+    return zero_outside_(torch.addcmul(one, index, layout.spread(slope)), bit_mask(layout.mask, dtype))
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -71,12 +71,18 @@ def prior_account(
     """
     flow = position_weight.to(accumulation_dtype(position_weight.device), copy=True)
     flow.mul_(layout.spread(delta_b) if isinstance(delta_b, Tensor) else delta_b)
-    return layout.prior_sum_(flow.sub_(weighted_divergence))
+    # Converted before it is subtracted, and below before it is compared: mixed dtypes cost a CPU twice as much.
+    return layout.prior_sum_(flow.sub_(weighted_divergence.to(flow.dtype)))
 
 
 def threshold(prior_account: Tensor, delta: float) -> Tensor:
     """Return c_t = min(delta, delta + U_{t-1}), Eq. 8. Can be negative."""
     return (prior_account + delta).clamp_(max=delta)
+
+
+def within(weighted_divergence: Tensor, limit: Tensor | float) -> Tensor:
+    """Return I_t: Z_t <= c_t, compared in the threshold's dtype; NaN is not within."""
+    return (weighted_divergence.to(limit.dtype) if isinstance(limit, Tensor) else weighted_divergence) <= limit
 
 
 def excess(

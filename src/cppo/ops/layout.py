@@ -71,10 +71,10 @@ class Layout(Protocol):
 class PaddedLayout:
     """Tokens in ``[B, T]`` with a mask; padding may be left, right or inside."""
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, lengths: Tensor | None = None) -> None:
         self.shape = mask.shape
         self.mask = mask
-        self.lengths = mask.sum(dim=1)
+        self.lengths = mask.sum(dim=1) if lengths is None else lengths
 
     def blocks(self, tokens: int) -> Iterator[tuple[slice, slice]]:
         rows = max(1, tokens // max(1, self.shape[1]))
@@ -83,7 +83,7 @@ class PaddedLayout:
             yield block, block
 
     def select(self, responses: slice, tokens: slice) -> Layout:
-        return PaddedLayout(self.mask[responses])
+        return PaddedLayout(self.mask[responses], self.lengths[responses])
 
     def position(self, dtype: torch.dtype) -> Tensor:
         return self.mask.cumsum(dim=1, dtype=torch.int32).sub_(1).to(dtype)
@@ -106,6 +106,11 @@ class PaddedLayout:
 
     def clamped_percentile(self, values: Tensor, percent: int, low: float, high: float) -> Tensor:
         return padded_clamped_percentile(values, self.mask, self.lengths, percent, low, high)
+
+
+def _rounding_error(before: Tensor, added: Tensor, after: Tensor, step: Tensor) -> Tensor:
+    """Return (before + added) - after, exactly where after is their rounded sum; ``step`` is after - before (Knuth)."""
+    return (before - (after - step)).add_(added - step)
 
 
 class PackedLayout:
@@ -163,14 +168,18 @@ class PackedLayout:
         return (self._at(running, self._ends) - self._at(running, self._starts)).to(values.dtype)
 
     def prior_sum_(self, values: Tensor) -> Tensor:
-        running = torch.zeros_like(values)
-        if self.shape[0] > 1:
-            torch.cumsum(values[:-1], dim=0, out=running[1:])
+        if not self.shape[0]:
+            return values
+        # One running sum over the whole batch, from which each response subtracts the sum before its start. What the
+        # first sum rounds away (a digit of this response lost to the size of its neighbours' sum) is summed besides.
+        running, lost = torch.zeros_like(values), torch.zeros_like(values)
+        torch.cumsum(values[:-1], dim=0, out=running[1:])
+        step = running[1:] - running[:-1]
+        torch.cumsum(_rounding_error(running[:-1], values[:-1], running[1:], step), dim=0, out=lost[1:])
         # An empty last response starts at N, where there is no token; nothing is spread from it.
-        offsets = (
-            running[self._starts.clamp(max=max(self.shape[0] - 1, 0))] if self.shape[0] else self._starts.to(running)
-        )
-        return running.sub_(self.spread(offsets))
+        starts = self._starts.clamp(max=self.shape[0] - 1)
+        running.sub_(self.spread(running[starts]))
+        return running.add_(lost.sub_(self.spread(lost[starts])))
 
     def rank(self, keys: Tensor) -> Tensor:
         order = torch.where(self.mask, keys, torch.iinfo(keys.dtype).max).argsort(stable=True)

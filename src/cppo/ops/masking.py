@@ -17,6 +17,15 @@ def bit_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.view(torch.uint8).to(integer).neg_()
 
 
+def finite_bits(values: Tensor) -> Tensor:
+    """Return the bit mask of the entries that are neither NaN nor infinite: those whose exponent is not all ones."""
+    integer, exponent, sign = (
+        (torch.int64, 0x7FF0000000000000, 63) if values.dtype == torch.float64 else (torch.int32, 0x7F800000, 31)
+    )
+    # Below all ones the difference is negative, and its sign bit, shifted over all the others, fills the mask.
+    return values.view(integer).bitwise_and(exponent).sub_(exponent).bitwise_right_shift_(sign)
+
+
 def zero_outside_(values: Tensor, bits: Tensor) -> Tensor:
     """Set ``values`` to +0.0 in place where ``bits`` are zero; return them. For any value, NaN included."""
     values.view(bits.dtype).bitwise_and_(bits)

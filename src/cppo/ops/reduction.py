@@ -26,31 +26,38 @@ class _LinearLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         (weights,) = ctx.saved_tensors
+        # loss.backward() arrives with 1. On a CPU looking costs nothing and saves a tensor of the batch's size.
+        if upstream.device.type == "cpu" and upstream == 1:
+            return weights.to(ctx.dtype), None
         return (weights * upstream).to(ctx.dtype), None
 
 
-def loss_denominator(layout: Layout, reduction: Reduction, denominator: float | Tensor | None) -> Tensor:
+def loss_denominator(
+    layout: Layout, reduction: Reduction, denominator: float | Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Return what the sum over tokens is divided by, 0-d: tokens (token-mean) or non-empty responses, at least 1.
 
     ``denominator``, where given, is returned instead.
     """
     if denominator is not None:
-        return torch.as_tensor(denominator)
+        return torch.as_tensor(denominator, dtype=dtype, device=layout.mask.device)
     count = layout.lengths.sum() if reduction == "token-mean" else (layout.lengths > 0).sum()
-    return count.clamp(min=1)
+    return count.clamp(min=1).to(dtype)
 
 
-def loss_weights_(
-    signed: Tensor, layout: Layout, reduction: Reduction, denominator: Tensor, fixed_length: int | None
+def loss_scale(
+    advantages: Tensor, layout: Layout, reduction: Reduction, denominator: Tensor, fixed_length: int | None
 ) -> Tensor:
-    """Turn k_t A_t in place into -k_t A_t / denominator and return it.
+    """Return -A_t / denominator, shaped like the advantages or the tokens: the factor between k_t and the gradient.
 
     token-mean divides by the number of response tokens (DAPO); sequence-mean by the number of non-empty responses
     times the response's own length (GRPO); fixed-length by that number times ``fixed_length`` (Dr. GRPO).
     """
     if reduction == "sequence-mean":
-        signed.div_(layout.spread(layout.lengths.clamp(min=1).to(signed.dtype)))
-    return signed.div_(-denominator if fixed_length is None else -denominator * fixed_length)
+        denominator = denominator * layout.spread(layout.lengths.clamp(min=1).to(advantages.dtype))
+    elif fixed_length is not None:
+        denominator = denominator * fixed_length
+    return advantages / -denominator
 
 
 def linear_loss(logp: Tensor, weights: Tensor) -> Tensor:

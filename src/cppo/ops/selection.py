@@ -16,8 +16,8 @@ _RADIX_BITS = 8
 _BINS = 1 << _RADIX_BITS
 
 
-def percentile_ranks(lengths: Tensor, percent: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the 0-based ranks below and above the percentile, and the weight of the upper one.
+def percentile_ranks(lengths: Tensor, percent: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the 0-based ranks below and above the percentile, and the weight of the upper one in ``dtype``.
 
     rank = percent (T - 1) / 100, in integers, so that it is exact: its floor; one more, no further than the last;
     its fraction in [0, 1). Empty responses get rank 0.
@@ -25,11 +25,11 @@ def percentile_ranks(lengths: Tensor, percent: int) -> tuple[Tensor, Tensor, Ten
     last = (lengths - 1).clamp(min=0)
     scaled = percent * last
     lower = torch.div(scaled, 100, rounding_mode="floor")
-    return lower, torch.minimum(lower + 1, last), (scaled - 100 * lower) / 100
+    return lower, torch.minimum(lower + 1, last), (scaled - 100 * lower).to(dtype) / 100
 
 
 def _interpolate(lower: Tensor, upper: Tensor, weight: Tensor, low: float, high: float) -> Tensor:
-    return (lower + weight.to(lower.dtype) * (upper - lower)).clamp_(min=low, max=high)
+    return (lower + weight * (upper - lower)).clamp_(min=low, max=high)
 
 
 def padded_clamped_percentile(
@@ -41,7 +41,7 @@ def padded_clamped_percentile(
     if values.device.type != "cpu":
         return _padded_by_topk(values, mask, lengths, percent, low, high)
     # Counting decides most rows: more than `upper` values up to low, or no more than `lower` below high.
-    lower, upper, _ = percentile_ranks(lengths, percent)
+    lower, upper, _ = percentile_ranks(lengths, percent, values.dtype)
     padding = values.shape[1] - lengths  # zeros, so counted below both
     at_low = (values <= low).sum(1) - padding > upper
     at_high = ((values < high).sum(1) - padding <= lower) & (lengths > 0)
@@ -53,7 +53,7 @@ def padded_clamped_percentile(
 
 
 def _padded_by_topk(values: Tensor, mask: Tensor, lengths: Tensor, percent: int, low: float, high: float) -> Tensor:
-    lower, upper, weight = percentile_ranks(lengths, percent)
+    lower, upper, weight = percentile_ranks(lengths, percent, values.dtype)
     width = values.shape[1]
     # The rank counted from the largest value grows with the length, so the full width bounds it on the host.
     largest = width - (percent * (width - 1)) // 100
@@ -74,7 +74,7 @@ def packed_clamped_percentile(
     origin to the bin that holds the wanted rank. A value below the origin counts in a bin before the first and one
     above in a bin after the last, so ranks need no correction.
     """
-    lower_rank, upper_rank, weight = percentile_ranks(lengths, percent)
+    lower_rank, upper_rank, weight = percentile_ranks(lengths, percent, values.dtype)
     integer = torch.int64 if values.dtype == torch.float64 else torch.int32
     beyond = torch.iinfo(integer).max
     responses, stride = lengths.shape[0], _BINS + 2
