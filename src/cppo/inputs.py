@@ -198,6 +198,8 @@ def check_reduction(reduction: str, denominator: float | Tensor | None, fixed_le
     if isinstance(denominator, Tensor):
         if denominator.dim() != 0:
             raise ValueError(f"denominator: expected a number or a 0-d tensor, got shape {list(denominator.shape)}")
+        if denominator.device.type == "cpu" and not 0 < denominator.item() < math.inf:
+            raise ValueError(f"denominator={denominator!r}: expected a positive finite number")
     elif denominator is not None:
         if isinstance(denominator, bool) or not isinstance(denominator, int | float):
             raise TypeError(f"denominator={denominator!r}: expected a number or a 0-d tensor")

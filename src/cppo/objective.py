@@ -22,6 +22,9 @@ from .ops.reduction import Reduction, linear_loss, loss_denominator, loss_scale
 # Decision.rejected_by
 TOKEN_THRESHOLD, OTHER_RULE = 1, 3  # and PREFIX_BUDGET, 2
 
+# A given divergence counts as no more than this, so that no sum of them overflows into a neighbour's.
+_LARGEST_DIVERGENCE = 1e15
+
 # Tokens judged at once on a CPU. Smaller blocks save memory and lose time to calls (benchmarks/mask.py).
 _BLOCK_TOKENS = 262144
 
@@ -138,7 +141,7 @@ def _measure(method: m.CPPO | m.DPPO, batch: Batch, tokens: Tokens) -> Tensor:
     if batch.divergence is None:
         measured = BINARY[method.divergence](batch.logp, batch.rollout_logp)
     else:
-        measured = batch.divergence.clamp(min=0.0)
+        measured = batch.divergence.clamp(min=0.0, max=_LARGEST_DIVERGENCE)
     return zero_outside_(measured, tokens.bits)
 
 
@@ -229,17 +232,19 @@ def decide(
         response_mask: token-shaped, bool or 0/1; None: every token.
         lengths: packed layout only: ``[B]`` integers that sum to N. Checked on the host for a list or a CPU tensor;
             on an accelerator a wrong sum is not seen (looking would stall it).
-        divergence: token-shaped D_t >= 0, for a method with a top-K or exact divergence; overrides the binary ones.
+        divergence: token-shaped D_t in [0, 1e15], for a method with a top-K or exact divergence; overrides the binary
+            ones. Values outside count as the nearer end.
 
     Returns:
-        A :class:`Decision`; its tensors are float32, or float64 if an input is.
+        A :class:`Decision`; its tensors are float32, or float64 if a log-prob tensor is.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected.
 
     Numerics: log-ratios and divergences in float32 or wider, the account in float64. A response token whose
     log-probs, advantage or given divergence is NaN or infinite is rejected (``rejected_by`` 3), spends nothing, and is
-    counted in the metrics; padding may hold anything. Nothing here makes the host wait for the device.
+    counted in the metrics; padding may hold anything. Nothing here makes the host wait for the device. Between layouts
+    only an exact tie between inexact numbers may differ: the sums round in another order, by 1e-16 of their size.
     """
     with torch.no_grad():
         batch = check_batch(method, logp, rollout_logp, advantages, response_mask, lengths, divergence)

@@ -209,7 +209,7 @@ class TrustRegionTrainer(GRPOTrainer):
                 self._metrics[mode][name].append(value)
             if values["input/nonfinite"] > 0:
                 warnings.warn(
-                    f"{values['input/nonfinite']:.0f} response tokens had a NaN or infinite log-prob (the first at flat "
+                    f"{values['input/nonfinite']:.0f} response tokens had a NaN or infinite log-prob (the first at "
                     f"index {first:.0f} of its micro-batch); they gave no gradient",
                     stacklevel=2,
                 )

@@ -1,0 +1,84 @@
+"""Hypothesis strategies: ragged batches with extreme probabilities, their padding, and every method's knobs."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import strategies as st
+from layouts import INF, NAN, SIDES, Response, packed, padded
+
+import cppo
+
+# log-probs: ordinary ones, certain tokens, tokens below every float's smallest normal number.
+EXTREME_LOGP = (0.0, -1e-300, -1e-12, -1e-7, -1e-3, -20.0, -87.5, -104.0, -709.0, -1e4)
+ordinary_logp = st.floats(1e-4, 1.0).map(math.log)
+logps = st.one_of(ordinary_logp, ordinary_logp, st.sampled_from(EXTREME_LOGP))
+drifts = st.one_of(st.just(0.0), st.floats(-0.4, 0.4), st.floats(-3.0, 3.0))
+advantages = st.one_of(
+    st.floats(-3.0, 3.0), st.sampled_from((0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30, 1e3)), st.floats(-1.0, 1.0)
+)
+divergences = st.one_of(st.floats(0.0, 0.3), st.sampled_from((0.0, 0.15, 1.0, 40.0)))
+token_counts = st.one_of(st.integers(0, 3), st.integers(0, 12), st.integers(13, 40))
+
+
+@st.composite
+def tokens(draw):
+    """Draw (logp, rollout_logp): near each other, or unrelated."""
+    rollout = draw(logps)
+    logp = draw(logps) if draw(st.integers(0, 4)) == 0 else min(rollout + draw(drifts), 0.0)
+    return logp, rollout
+
+
+@st.composite
+def responses(draw, lengths=token_counts, per_token=False):
+    """Draw one response; its divergence is drawn apart from its probabilities."""
+    length = draw(lengths)
+    pairs = draw(st.lists(tokens(), min_size=length, max_size=length))
+    if per_token:
+        advantage = draw(st.lists(advantages, min_size=length, max_size=length))
+    else:
+        advantage = [draw(advantages)] * length
+    return Response(
+        tuple(p for p, _ in pairs),
+        tuple(m for _, m in pairs),
+        tuple(advantage),
+        tuple(draw(st.lists(divergences, min_size=length, max_size=length))),
+    )
+
+
+def batches(max_responses=4, per_token=False, lengths=token_counts):
+    """Draw a ragged batch of at least one response."""
+    return st.lists(responses(lengths=lengths, per_token=per_token), min_size=1, max_size=max_responses)
+
+
+garbages = st.sampled_from((0.0, NAN, INF, -INF, 1e30, -1e30))
+
+
+@st.composite
+def layouts_of(draw, batch, dtype, per_token=False):
+    """Draw one layout of a batch: padded on either side, with holes, or packed, with garbage in the spare places."""
+    same = {"garbage": draw(garbages), "dtype": dtype, "per_token": per_token, "extra": draw(st.integers(0, 4))}
+    side = draw(st.sampled_from((*SIDES, "packed")))
+    return packed(batch, **same) if side == "packed" else padded(batch, side=side, **same)
+
+
+caps = st.one_of(st.none(), st.floats(0.05, 30.0))
+deltas = st.one_of(st.sampled_from((0.15, 0.2, 0.1)), st.floats(1e-3, 1.5))
+gaps = st.one_of(st.sampled_from(("binary_tv", "binary_kl")), st.sampled_from(cppo.methods.DIVERGENCES))
+
+cppos = st.builds(
+    cppo.CPPO,
+    delta=deltas,
+    delta_b=st.one_of(st.sampled_from((0.0, 0.002, 0.015, 0.02)), st.floats(0.0, 0.2)),
+    budget=st.sampled_from(("adaptive", "fixed", "none")),
+    w_min=st.one_of(st.sampled_from((0.8, 0.6, 1.0)), st.floats(0.01, 1.0)),
+    position=st.sampled_from(("linear", "uniform", "shuffled")),
+    gate=st.sampled_from(("hard", "soft")),
+    divergence=gaps,
+    ratio_cap=caps,
+    shuffle_seed=st.integers(0, 5),
+)
+dppos = st.builds(cppo.DPPO, delta=deltas, divergence=gaps, ratio_cap=caps)
+grpos = st.builds(cppo.GRPO, clip_low=st.floats(0.0, 1.2), clip_high=st.floats(0.0, 2.0))
+policy_gradients = st.builds(cppo.PolicyGradient, ratio_cap=caps)
+methods = st.one_of(cppos, cppos, dppos, grpos, policy_gradients)

@@ -1,0 +1,403 @@
+"""Every check on entry: its message names the argument, what was given and what was expected."""
+
+import dataclasses
+import math
+import pickle
+import re
+
+import pytest
+import torch
+
+import cppo
+
+# ---------------------------------------------------------------- methods
+
+POSITIVE = (0, -0.1, math.nan, math.inf, -math.inf)
+NOT_NEGATIVE = (-0.1, math.nan, math.inf)
+NOT_A_NUMBER = ("0.15", None, True, [0.1], torch.tensor(0.1))
+
+NUMBERS = [
+    (cppo.CPPO, "delta", POSITIVE, "(0, inf)"),
+    (cppo.CPPO, "delta_b", NOT_NEGATIVE, "[0, inf)"),
+    (cppo.CPPO, "w_min", (0, -0.5, 1.0000001, 2, math.nan), "(0, 1]"),
+    (cppo.CPPO, "ratio_cap", POSITIVE, "(0, inf)"),
+    (cppo.DPPO, "delta", POSITIVE, "(0, inf)"),
+    (cppo.DPPO, "ratio_cap", POSITIVE, "(0, inf)"),
+    (cppo.GRPO, "clip_low", NOT_NEGATIVE, "[0, inf)"),
+    (cppo.GRPO, "clip_high", NOT_NEGATIVE, "[0, inf)"),
+    (cppo.PolicyGradient, "ratio_cap", POSITIVE, "(0, inf)"),
+]
+CASES = [(kind, knob, value, interval) for kind, knob, values, interval in NUMBERS for value in values]
+
+
+@pytest.mark.parametrize(("kind", "knob", "value", "interval"), CASES)
+def test_a_number_outside_its_interval_is_refused(kind, knob, value, interval):
+    message = f"{kind.__name__}({knob}={value!r}): expected a number in {interval}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kind(**{knob: value})
+
+
+@pytest.mark.parametrize(("kind", "knob", "values", "interval"), NUMBERS)
+def test_what_is_no_number_is_refused(kind, knob, values, interval):
+    for value in NOT_A_NUMBER:
+        if value is None and knob == "ratio_cap":
+            continue
+        message = f"{kind.__name__}({knob}={value!r}): expected a number in {interval}"
+        with pytest.raises(TypeError, match=re.escape(message)):
+            kind(**{knob: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "knob", "choices"),
+    [
+        (cppo.CPPO, "budget", "adaptive, fixed, none"),
+        (cppo.CPPO, "position", "linear, uniform, shuffled"),
+        (cppo.CPPO, "gate", "hard, soft"),
+        (cppo.CPPO, "divergence", "binary_tv, binary_kl, topk_tv, topk_kl, exact_tv, exact_kl"),
+        (cppo.DPPO, "divergence", "binary_tv, binary_kl, topk_tv, topk_kl, exact_tv, exact_kl"),
+    ],
+)
+@pytest.mark.parametrize("value", ["Fixed", "", None, 3])
+def test_an_unknown_choice_is_refused_with_the_known_ones(kind, knob, choices, value):
+    message = f"{kind.__name__}({knob}={value!r}): expected one of {choices}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kind(**{knob: value})
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(1.5, TypeError), (True, TypeError), ("3", TypeError), (-1, ValueError), (2**63, ValueError)]
+)
+def test_a_shuffle_seed_is_an_integer_that_int64_holds(value, error):
+    with pytest.raises(error, match=re.escape(f"CPPO(shuffle_seed={value!r}): expected an integer in [0, 2^63)")):
+        cppo.CPPO(shuffle_seed=value)
+
+
+def test_the_largest_shuffle_seed_works():
+    method = cppo.CPPO(position="shuffled", shuffle_seed=2**63 - 1)
+    assert cppo.decide(**arguments(method=method)).gate.all()
+
+
+def test_bounds_that_belong_to_their_interval_are_taken():
+    cppo.CPPO(delta=1e-30, delta_b=0, w_min=1, ratio_cap=1e-30)
+    cppo.GRPO(clip_low=0, clip_high=0)
+    cppo.GRPO(clip_low=5.0)
+
+
+@pytest.mark.parametrize("method", [cppo.CPPO(), cppo.DPPO(), cppo.GRPO(), cppo.PolicyGradient()])
+def test_methods_are_frozen_values(method):
+    knob = dataclasses.fields(method)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(method, knob, 1.0)
+    assert method == pickle.loads(pickle.dumps(method))
+    assert hash(method) == hash(dataclasses.replace(method))
+    assert cppo.METHODS[cppo.method_name(method)] is type(method)
+    assert cppo.make_method(cppo.method_name(method), **dataclasses.asdict(method)) == method
+    with pytest.raises(TypeError):
+        type(method)(0.2)
+
+
+def test_a_changed_method_is_checked_again():
+    with pytest.raises(ValueError, match=re.escape("CPPO(delta=-1): expected a number in (0, inf)")):
+        dataclasses.replace(cppo.CPPO(), delta=-1)
+
+
+def test_defaults_are_the_papers():
+    assert dataclasses.asdict(cppo.CPPO()) == {
+        "delta": 0.15,
+        "delta_b": 0.02,
+        "budget": "adaptive",
+        "w_min": 0.8,
+        "position": "linear",
+        "gate": "hard",
+        "divergence": "binary_tv",
+        "ratio_cap": None,
+        "shuffle_seed": 0,
+    }
+    assert dataclasses.asdict(cppo.DPPO()) == {"delta": 0.15, "divergence": "binary_tv", "ratio_cap": None}
+    assert dataclasses.asdict(cppo.GRPO()) == {"clip_low": 0.2, "clip_high": 0.28}
+    assert dataclasses.asdict(cppo.PolicyGradient()) == {"ratio_cap": None}
+
+
+def test_make_method_names_the_known_methods_and_knobs():
+    names = ", ".join(cppo.METHODS)
+    with pytest.raises(ValueError, match=re.escape(f"method='ppo': expected one of {names}")):
+        cppo.make_method("ppo")
+    with pytest.raises(ValueError, match=re.escape("grpo has no knob 'delta': expected one of clip_low, clip_high")):
+        cppo.make_method("grpo", delta=0.1)
+    assert cppo.make_method("cppo", delta=0.2) == cppo.CPPO(delta=0.2)
+
+
+# ---------------------------------------------------------------- decide
+
+B, T = 2, 3
+
+
+def arguments(**changes):
+    given = {
+        "method": cppo.CPPO(),
+        "logp": torch.full((B, T), -1.0),
+        "rollout_logp": torch.full((B, T), -1.0),
+        "advantages": torch.ones(B),
+    }
+    return given | changes
+
+
+def packed_arguments(**changes):
+    given = {"logp": torch.zeros(5), "rollout_logp": torch.zeros(5), "lengths": [2, 3]}
+    return arguments(**(given | changes))
+
+
+META = torch.zeros(B, T, device="meta")
+
+DECIDE = {
+    "a method by name": (arguments(method="cppo"), TypeError, "method='cppo': expected one of CPPO, DPPO, GRPO, "),
+    "a method's class": (arguments(method=cppo.CPPO), TypeError, "expected one of CPPO, DPPO, GRPO, PolicyGradient"),
+    "logp as a list": (arguments(logp=[[0.0]]), TypeError, "logp: expected a torch.Tensor, got list"),
+    "integer logp": (
+        arguments(logp=torch.zeros(B, T, dtype=torch.int64)),
+        TypeError,
+        "logp: expected a floating dtype, got torch.int64",
+    ),
+    "complex logp": (
+        arguments(logp=torch.zeros(B, T, dtype=torch.complex64)),
+        TypeError,
+        "logp: expected a floating dtype, got torch.complex64",
+    ),
+    "no rollout_logp": (
+        arguments(rollout_logp=None),
+        ValueError,
+        "rollout_logp: expected the sampler's log-probs, got None",
+    ),
+    "integer rollout_logp": (
+        arguments(rollout_logp=torch.zeros(B, T, dtype=torch.int32)),
+        TypeError,
+        "rollout_logp: expected a floating dtype, got torch.int32",
+    ),
+    "rollout_logp of another shape": (
+        arguments(rollout_logp=torch.zeros(B, T + 1)),
+        ValueError,
+        "rollout_logp: expected logp's shape [2, 3], got [2, 4]",
+    ),
+    "rollout_logp elsewhere": (
+        arguments(rollout_logp=META),
+        ValueError,
+        "rollout_logp: expected logp's device cpu, got meta",
+    ),
+    "advantages as a number": (arguments(advantages=1.0), TypeError, "advantages: expected a torch.Tensor, got float"),
+    "integer advantages": (
+        arguments(advantages=torch.ones(B, dtype=torch.int64)),
+        TypeError,
+        "advantages: expected a floating dtype, got torch.int64",
+    ),
+    "advantages of another length": (
+        arguments(advantages=torch.ones(T)),
+        ValueError,
+        "advantages: expected [B] = [2] or token-shaped [2, 3], got [3]",
+    ),
+    "a row of advantages": (
+        arguments(advantages=torch.ones(1, T)),
+        ValueError,
+        "advantages: expected [B] = [2] or token-shaped [2, 3], got [1, 3]",
+    ),
+    "one advantage": (arguments(advantages=torch.tensor(1.0)), ValueError, "advantages: expected [B] = [2]"),
+    "advantages elsewhere": (
+        arguments(advantages=torch.ones(B, device="meta")),
+        ValueError,
+        "advantages: expected logp's device cpu, got meta",
+    ),
+    "a mask of another shape": (
+        arguments(response_mask=torch.ones(T, B)),
+        ValueError,
+        "response_mask: expected logp's shape [2, 3], got [3, 2]",
+    ),
+    "a mask as a list": (
+        arguments(response_mask=[[1, 1, 1]] * 2),
+        TypeError,
+        "response_mask: expected a torch.Tensor, got list",
+    ),
+    "a complex mask": (
+        arguments(response_mask=torch.ones(B, T, dtype=torch.complex64)),
+        TypeError,
+        "response_mask: expected bool, integer or floating 0/1, got torch.complex64",
+    ),
+    "a mask elsewhere": (
+        arguments(response_mask=META.bool()),
+        ValueError,
+        "response_mask: expected logp's device cpu, got meta",
+    ),
+    "one dimension without lengths": (
+        arguments(logp=torch.zeros(5), rollout_logp=torch.zeros(5)),
+        ValueError,
+        "logp: expected [B, T] (padded), or [N] with lengths= (packed), got [5] without lengths",
+    ),
+    "three dimensions": (
+        arguments(logp=torch.zeros(1, 2, 3), rollout_logp=torch.zeros(1, 2, 3)),
+        ValueError,
+        "logp: expected [B, T] (padded), or [N] with lengths= (packed), got [1, 2, 3] without lengths",
+    ),
+    "two dimensions with lengths": (
+        arguments(lengths=[3, 3]),
+        ValueError,
+        "logp: expected [N] (packed) because lengths was given, got [2, 3]",
+    ),
+    "lengths of another sum": (
+        packed_arguments(lengths=[2, 2]),
+        ValueError,
+        "lengths: expected a sum of N = 5 (logp's length), got 4",
+    ),
+    "a negative length": (
+        packed_arguments(lengths=torch.tensor([6, -1])),
+        ValueError,
+        "lengths: expected no negative length, got -1",
+    ),
+    "floating lengths": (
+        packed_arguments(lengths=torch.tensor([2.0, 3.0])),
+        ValueError,
+        "lengths: expected integers [B], got torch.float32 [2]",
+    ),
+    "lengths as a mask": (
+        packed_arguments(lengths=torch.ones(5, dtype=torch.bool)),
+        ValueError,
+        "lengths: expected integers [B], got torch.bool [5]",
+    ),
+    "lengths in two dimensions": (
+        packed_arguments(lengths=torch.tensor([[2, 3]])),
+        ValueError,
+        "lengths: expected integers [B], got torch.int64 [1, 2]",
+    ),
+    "lengths as floats": (
+        packed_arguments(lengths=[2.9, 3.9]),
+        TypeError,
+        "lengths=[2.9, 3.9]: expected integers, one a response",
+    ),
+    "one number as lengths": (packed_arguments(lengths=5), TypeError, "lengths=5: expected integers, one a response"),
+    "lengths as words": (packed_arguments(lengths=["2", "3"]), TypeError, "lengths=['2', '3']: expected integers"),
+    "packed advantages of another length": (
+        packed_arguments(advantages=torch.ones(3)),
+        ValueError,
+        "advantages: expected [B] = [2] or token-shaped [5], got [3]",
+    ),
+    "packed advantages as a column": (
+        packed_arguments(advantages=torch.ones(2, 1)),
+        ValueError,
+        "advantages: expected [B] = [2] or token-shaped [5], got [2, 1]",
+    ),
+    "no divergence where one is needed": (
+        arguments(method=cppo.CPPO(divergence="topk_tv")),
+        ValueError,
+        "divergence: CPPO(divergence='topk_tv') needs the measured token-shaped tensor [2, 3], got None",
+    ),
+    "no exact divergence": (
+        arguments(method=cppo.DPPO(divergence="exact_kl")),
+        ValueError,
+        "divergence: DPPO(divergence='exact_kl') needs the measured token-shaped tensor [2, 3], got None",
+    ),
+    "a divergence of another shape": (
+        arguments(divergence=torch.zeros(B, T, 4)),
+        ValueError,
+        "divergence: expected logp's shape [2, 3], got [2, 3, 4]",
+    ),
+    "an integer divergence": (
+        arguments(divergence=torch.zeros(B, T, dtype=torch.int64)),
+        TypeError,
+        "divergence: expected a floating dtype, got torch.int64",
+    ),
+    "a divergence elsewhere": (
+        arguments(divergence=META),
+        ValueError,
+        "divergence: expected logp's device cpu, got meta",
+    ),
+    "a divergence that nobody reads": (
+        arguments(method=cppo.GRPO(), divergence=torch.zeros(B, T)),
+        ValueError,
+        "divergence: GRPO uses none, got a tensor",
+    ),
+    "a divergence for the plain policy gradient": (
+        arguments(method=cppo.PolicyGradient(), divergence=torch.zeros(B, T)),
+        ValueError,
+        "divergence: PolicyGradient uses none, got a tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DECIDE)
+def test_decide_and_policy_loss_name_what_is_wrong(case):
+    given, error, message = DECIDE[case]
+    for function in (cppo.decide, cppo.policy_loss):
+        with pytest.raises(error, match=re.escape(message)):
+            function(**given)
+
+
+# ---------------------------------------------------------------- reductions
+
+REDUCTION = {
+    "an unknown reduction": ({"reduction": "mean"}, "reduction='mean': expected one of token-mean, sequence-mean, fix"),
+    "a denominator of zero": ({"denominator": 0}, "denominator=0: expected a positive finite number"),
+    "a negative denominator": ({"denominator": -2.0}, "denominator=-2.0: expected a positive finite number"),
+    "an infinite denominator": ({"denominator": math.inf}, "denominator=inf: expected a positive finite number"),
+    "no number": ({"denominator": math.nan}, "denominator=nan: expected a positive finite number"),
+    "a denominator tensor of zero": (
+        {"denominator": torch.zeros(())},
+        "denominator=tensor(0.): expected a positive finite number",
+    ),
+    "a denominator a response": (
+        {"denominator": torch.ones(2)},
+        "denominator: expected a number or a 0-d tensor, got shape [2]",
+    ),
+    "no length": (
+        {"reduction": "fixed-length"},
+        "fixed_length=None: expected a positive integer with reduction='fixed-length'",
+    ),
+    "a length too many": (
+        {"reduction": "sequence-mean", "fixed_length": 5},
+        "fixed_length=5: expected a positive integer with reduction='fixed-length', else None "
+        "(reduction='sequence-mean')",
+    ),
+    "a length of zero": ({"reduction": "fixed-length", "fixed_length": 0}, "fixed_length=0: expected a positive int"),
+    "a floating length": (
+        {"reduction": "fixed-length", "fixed_length": 8.0},
+        "fixed_length=8.0: expected a positive integer",
+    ),
+    "a length that is a bool": (
+        {"reduction": "fixed-length", "fixed_length": True},
+        "fixed_length=True: expected a positive integer",
+    ),
+}
+
+
+@pytest.mark.parametrize("value", ["9", [9], True])
+def test_a_denominator_that_is_no_number_is_refused(value):
+    message = f"denominator={value!r}: expected a number or a 0-d tensor"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        cppo.policy_loss(**arguments(), denominator=value)
+
+
+@pytest.mark.parametrize("case", REDUCTION)
+def test_policy_loss_names_what_is_wrong_with_a_reduction(case):
+    knobs, message = REDUCTION[case]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cppo.policy_loss(**arguments(), **knobs)
+
+
+# ---------------------------------------------------------------- what is welcome
+
+
+def test_masks_of_any_real_dtype_mean_the_same():
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    wanted = cppo.decide(**arguments(response_mask=mask.bool())).gate
+    assert wanted.tolist() == [[1, 1, 0], [0, 1, 1]]
+    for dtype in (torch.int64, torch.uint8, torch.float32, torch.bfloat16):
+        assert torch.equal(cppo.decide(**arguments(response_mask=mask.to(dtype))).gate, wanted)
+
+
+def test_lengths_of_any_integer_kind_mean_the_same():
+    for lengths in ([2, 3], (2, 3), torch.tensor([2, 3]), torch.tensor([2, 3], dtype=torch.int32)):
+        assert cppo.decide(**packed_arguments(lengths=lengths)).batch.layout.lengths.tolist() == [2, 3]
+
+
+def test_one_advantage_a_response_wins_where_a_token_shape_looks_the_same():
+    # Two tokens, two responses, both tokens in the first: [2] is read as one number a response.
+    row = torch.tensor([-0.5, -0.5])
+    leaf = row.clone().requires_grad_()
+    cppo.policy_loss(cppo.PolicyGradient(), leaf, row, torch.tensor([1.0, 5.0]), lengths=[2, 0]).loss.backward()
+    assert leaf.grad.tolist() == [-0.5, -0.5]
