@@ -208,6 +208,24 @@ def test_eval_of_a_finished_run_is_reproducible(unbroken):
     assert 0 <= first.mean <= first.solved <= 1
 
 
+def test_a_lora_run_resumes_and_its_final_model_loads_by_itself(tmp_path):
+    from rich.console import Console
+
+    config = dataclasses.replace(TINY, lora_rank=2, rollouts=2)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    Run(config, start_run(config, whole), Silence()).train()
+    with pytest.raises(KeyboardInterrupt):
+        Run(config, start_run(config, broken), Interrupter(3)).train()
+    Run(config, RunFolder.open(broken), Silence()).train()
+    assert results(broken) == results(whole)
+    last = results(whole)["evaluations"][-1][1]
+    again = evaluate_model(
+        str(whole), task=None, problems=config.eval_problems, samples=1, temperature=1.0, max_tokens=None,
+        gguf_file=None, seed=config.seed, batch_size=256, threads=1, console=Console(quiet=True),
+    )  # fmt: skip
+    assert again.mean == pytest.approx(last, abs=1 / config.eval_problems)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -155,7 +155,10 @@ class Run:
             _only_our_display(trainer)
             with self.ledger.phase("updates"):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trainer.save_model(str(self.folder.checkpoints / "final"))
+        trained: Any = trainer.model
+        if config.lora_rank:
+            trained = trained.merge_and_unload()  # a model that loads by itself, wherever its base came from
+        trained.save_pretrained(self.folder.checkpoints / "final")
         tokenizer.save_pretrained(self.folder.checkpoints / "final")
         return self._summarise()
 
