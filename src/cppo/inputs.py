@@ -115,7 +115,7 @@ def _check_lengths(lengths: Tensor | Sequence[int], logp: Tensor) -> Tensor:
             raise ValueError(f"lengths: expected no negative length, got {int(tensor.min())}")
         if int(tensor.sum()) != logp.shape[0]:
             raise ValueError(f"lengths: expected a sum of N = {logp.shape[0]} (logp's length), got {int(tensor.sum())}")
-    return tensor.to(device=logp.device, dtype=torch.int64)
+    return tensor.to(device=logp.device, dtype=torch.int64, non_blocking=True)
 
 
 def _build_layout(logp: Tensor, mask: Tensor | None, lengths: Tensor | Sequence[int] | None) -> Layout:

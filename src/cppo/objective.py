@@ -94,7 +94,8 @@ class Decision:
         def to_tensor(value: Tensor | float) -> Tensor:
             if isinstance(value, Tensor):
                 return value
-            return torch.tensor(value, dtype=accumulation_dtype(mask.device), device=mask.device)
+            # full, not tensor: a copy from the host would wait for the device.
+            return torch.full((), value, dtype=accumulation_dtype(mask.device), device=mask.device)
 
         with torch.no_grad():
             tokens = self.batch.tokens()

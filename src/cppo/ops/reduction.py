@@ -36,8 +36,10 @@ def loss_denominator(
 
     ``denominator``, where given, is returned instead.
     """
+    if isinstance(denominator, Tensor):
+        return denominator.to(device=layout.mask.device, dtype=dtype, non_blocking=True)
     if denominator is not None:
-        return torch.as_tensor(denominator, dtype=dtype, device=layout.mask.device)
+        return torch.full((), denominator, dtype=dtype, device=layout.mask.device)
     count = layout.lengths.sum() if reduction == "token-mean" else (layout.lengths > 0).sum()
     return count.clamp(min=1).to(dtype)
 
