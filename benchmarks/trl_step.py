@@ -35,7 +35,7 @@ def make_trainer(kind, width, layers, length, **method):
         output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, per_device_train_batch_size=8, num_generations=4,
         steps_per_generation=4, max_completion_length=length, max_steps=10_000, top_k=0, epsilon=0.2, epsilon_high=0.28,
         gradient_checkpointing=False, report_to=[], logging_steps=1_000_000, save_strategy="no", disable_tqdm=True,
-        learning_rate=1e-5, seed=0, generation_kwargs={"suppress_tokens": [tokenizer.eos_token_id]},
+        learning_rate=1e-5, seed=0,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -401,3 +401,11 @@ def test_one_advantage_a_response_wins_where_a_token_shape_looks_the_same():
     leaf = row.clone().requires_grad_()
     cppo.policy_loss(cppo.PolicyGradient(), leaf, row, torch.tensor([1.0, 5.0]), lengths=[2, 0]).loss.backward()
     assert leaf.grad.tolist() == [-0.5, -0.5]
+
+
+def test_lengths_whose_sum_wraps_around_are_refused():
+    logp = torch.full((4,), -1.0)
+    with pytest.raises(ValueError, match="lengths: expected a sum of N = 4"):
+        cppo.decide(cppo.CPPO(), logp, logp, torch.ones(5), lengths=[*[2**62] * 4, 4])
+    with pytest.raises(TypeError, match="lengths="):
+        cppo.decide(cppo.CPPO(), logp, logp, torch.ones(2), lengths=[2**70, 2])

@@ -93,7 +93,7 @@ def train(
         from cppo.lab.display import final_table
 
         console.print(final_table(summaries))
-        console.print(f"Pictures: {report}")
+        console.print(f"Pictures: {report}", markup=False)
 
 
 @app.command(
@@ -105,8 +105,13 @@ def evaluate_command(
     task: Annotated[str | None, typer.Option(help="As for train; default: the run's own.")] = None,
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 256,
     samples: Annotated[int, typer.Option("--samples", "-k", min=1, help="Samples a problem.")] = 16,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0: the likeliest token.")] = 1.0,
-    max_completion_tokens: Annotated[int | None, typer.Option(help="Longest response; default: the task's.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=100.0, help="Of sampling; 0: the likeliest token; default: the run's, or 1."),
+    ] = None,
+    max_completion_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest response; default: the run's, or the task's.")
+    ] = None,
     gguf_file: Annotated[str | None, typer.Option(help="The GGUF file inside a model folder.")] = None,
     seed: Annotated[int, typer.Option(help="Of problems and sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Responses sampled at once.")] = 256,

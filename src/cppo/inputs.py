@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from .ops.masking import bit_mask, finite_bits, zero_outside_
 from .ops.reduction import REDUCTIONS
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
     """Checked, detached inputs in one floating dtype."""
 
@@ -59,7 +60,7 @@ class Batch:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tokens:
     """What can be judged of a batch: response tokens whose log-probs, advantage and given divergence are finite."""
 
@@ -72,6 +73,9 @@ class Tokens:
         return self.bits != 0
 
 
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 def _check_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -80,8 +84,10 @@ def _check_tensor(name: str, value: object) -> Tensor:
 
 def _check_floating(name: str, value: object) -> Tensor:
     tensor = _check_tensor(name, value)
-    if not tensor.is_floating_point():
+    if tensor.dtype not in _FLOATING:
         raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
     return tensor
 
 
@@ -106,15 +112,16 @@ def _check_lengths(lengths: Tensor | Sequence[int], logp: Tensor) -> Tensor:
     else:
         try:
             tensor = torch.tensor([operator.index(length) for length in lengths], dtype=torch.int64)
-        except TypeError:
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             raise TypeError(f"lengths={lengths!r}: expected integers, one a response") from None
-    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"lengths: expected integers [B], got {tensor.dtype} {list(tensor.shape)}")
     if tensor.device.type == "cpu":  # on an accelerator, looking would stall it
         if tensor.numel() and int(tensor.min()) < 0:
             raise ValueError(f"lengths: expected no negative length, got {int(tensor.min())}")
-        if int(tensor.sum()) != logp.shape[0]:
-            raise ValueError(f"lengths: expected a sum of N = {logp.shape[0]} (logp's length), got {int(tensor.sum())}")
+        total = sum(tensor.tolist())  # in Python: an int64 sum can wrap around to N
+        if total != logp.shape[0]:
+            raise ValueError(f"lengths: expected a sum of N = {logp.shape[0]} (logp's length), got {total}")
     return tensor.to(device=logp.device, dtype=torch.int64, non_blocking=True)
 
 
@@ -201,9 +208,10 @@ def check_reduction(reduction: str, denominator: float | Tensor | None, fixed_le
         if denominator.device.type == "cpu" and not 0 < denominator.item() < math.inf:
             raise ValueError(f"denominator={denominator!r}: expected a positive finite number")
     elif denominator is not None:
-        if isinstance(denominator, bool) or not isinstance(denominator, int | float):
+        given: object = denominator
+        if isinstance(given, bool) or not isinstance(given, numbers.Real):
             raise TypeError(f"denominator={denominator!r}: expected a number or a 0-d tensor")
-        if not 0 < denominator < math.inf:
+        if not 0 < float(given) < math.inf:
             raise ValueError(f"denominator={denominator!r}: expected a positive finite number")
     if (reduction == "fixed-length") != (fixed_length is not None):
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any, Literal
 
 from .specs import parse_spec
@@ -17,9 +18,10 @@ BINARY_DIVERGENCES: tuple[str, ...] = ("binary_tv", "binary_kl")
 def _check_number(owner: object, name: str, low: float, high: float, *, low_open: bool, high_open: bool) -> None:
     value = getattr(owner, name)
     interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{type(owner).__name__}({name}={value!r}): expected a number in {interval}")
-    inside = (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
+    number = float(value)
+    inside = (low < number if low_open else low <= number) and (number < high if high_open else number <= high)
     if not inside:  # also NaN
         raise ValueError(f"{type(owner).__name__}({name}={value!r}): expected a number in {interval}")
 

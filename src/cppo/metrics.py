@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PREFIX_BUDGET = 2  # the code in Decision.rejected_by
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tally:
     """Sums from which the metrics follow, so that parts of a batch add up to what the whole would have given.
 

@@ -29,7 +29,7 @@ _LARGEST_DIVERGENCE = 1e15
 _BLOCK_TOKENS = 262144
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Trace:
     """The account behind a decision, token-shaped (``[B, T]`` or ``[N]``); None where the method has no such quantity.
 
@@ -44,7 +44,7 @@ class Trace:
     delta_b: Tensor | None = None  # [B]: the budget of each response
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Verdict:
     """What a rule says of the usable tokens; elsewhere anything."""
 
@@ -55,7 +55,7 @@ class _Verdict:
     trace: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)  # Trace's fields; a number if constant
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Decision:
     """A trust region's verdict on every token. No tensor here carries gradient.
 
@@ -121,7 +121,7 @@ class Decision:
         return self._review[1]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PolicyLoss:
     """The loss (0-d, differentiable in ``logp``), the decision behind it and what a run logs about it.
 
@@ -230,7 +230,7 @@ def decide(
         logp: log pi(y_t) under the current policy, floating, at the sampling temperature. Detached here.
         rollout_logp: log mu(y_t) as the sampler computed it, same shape.
         advantages: ``[B]``, or token-shaped.
-        response_mask: token-shaped, bool or 0/1; None: every token.
+        response_mask: token-shaped; bool, or numbers of which all but 0 count as True; None: every token.
         lengths: packed layout only: ``[B]`` integers that sum to N. Checked on the host for a list or a CPU tensor;
             on an accelerator a wrong sum is not seen (looking would stall it).
         divergence: token-shaped D_t in [0, 1e15], for a method with a top-K or exact divergence; overrides the binary

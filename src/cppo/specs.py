@@ -15,6 +15,8 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: if the part after "?" is not ``key=value&...``, or names a key twice.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r}: expected text such as NAME?OPTION=VALUE")
     name, _, query = text.partition("?")
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []

@@ -245,6 +245,8 @@ def test_cppo_trainer_defaults_to_cppo(tmp_path):
         ({"generation_kwargs": {"typical_p": 0.9}}, "typical_p"),
         ({"generation_kwargs": {"temperature": 0.9}}, "temperature"),
         ({"generation_kwargs": {"num_beams": 2}}, "num_beams"),
+        ({"generation_kwargs": {"bad_words_ids": [[1]]}}, "bad_words_ids"),
+        ({"generation_kwargs": {"min_new_tokens": 60}}, "min_new_tokens"),
         ({"use_vllm": True}, "vllm_importance_sampling_correction=True"),
         ({"steps_per_generation": 2, "num_iterations": 1}, "can never act"),
         ({"gradient_accumulation_steps": 8}, "can never act"),
@@ -260,12 +262,23 @@ def test_a_divergence_that_trl_does_not_keep_is_refused(tmp_path):
         make_trainer(tmp_path, cppo.CPPO(divergence="topk_tv"))
 
 
-def test_a_model_that_truncates_by_itself_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "value", "config"),
+    [("typical_p", 0.5, {}), ("min_p", 0.9, {}), ("top_k", 1, {"top_k": None}), ("suppress_tokens", [1], {})],
+)
+def test_a_model_that_truncates_by_itself_is_refused(tmp_path, monkeypatch, name, value, config):
     made = make_model()
-    made.generation_config.typical_p = 0.5
+    setattr(made.generation_config, name, value)
     monkeypatch.setitem(globals(), "make_model", lambda: made)
-    with pytest.raises(ValueError, match=r"model\.generation_config\.typical_p=0\.5"):
-        make_trainer(tmp_path, cppo.CPPO())
+    with pytest.raises(ValueError, match=rf"model\.generation_config\.{name}="):
+        make_trainer(tmp_path, cppo.CPPO(), **config)
+
+
+def test_what_the_configuration_sets_itself_the_model_does_not_change(tmp_path, monkeypatch):
+    made = make_model()
+    made.generation_config.top_k = 1
+    monkeypatch.setitem(globals(), "make_model", lambda: made)
+    make_trainer(tmp_path, cppo.CPPO(), top_k=0)
 
 
 def test_a_drifted_hook_is_refused(tmp_path, monkeypatch):

@@ -238,6 +238,15 @@ def test_a_lora_run_resumes_and_its_final_model_loads_by_itself(tmp_path):
         ("minibatch: 7", "minibatch=7: expected a divisor"),
         ("minibatch: 256\nepochs: 1", "can never act"),
         ("learning_rate: -1", "learning_rate=-1"),
+        ("learning_rate: 1e-4", "1.0e-4 as a number"),
+        ("method: 3", "method=3: expected text"),
+        ("task: null", "task=None: expected text"),
+        ("beside: grpo", "beside='grpo': expected a list"),
+        ("beside: [grpo, grpo]", "differ from each other"),
+        ("report_to: 5", "report_to=5: expected a list"),
+        ('skip_zero_variance: "no"', "skip_zero_variance='no'"),
+        ("gguf_file: x.gguf", "expected model to be the folder"),
+        ("seed: 99999999999", "expected an integer below"),
     ],
 )
 def test_a_wrong_configuration_is_one_clear_line(tmp_path, content, message):
@@ -247,6 +256,54 @@ def test_a_wrong_configuration_is_one_clear_line(tmp_path, content, message):
         load_config(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_another_run_is_never_taken_for_the_run_beside(tmp_path):
+    from rich.console import Console
+
+    config = dataclasses.replace(TINY, beside=("policy_gradient",), rollouts=1)
+    (tmp_path / "mine.1-policy_gradient").mkdir()
+    with pytest.raises(ValueError, match="exists"):
+        begin(config, tmp_path, "mine", Console(quiet=True))
+    assert not (tmp_path / "mine").exists()
+    start_run(config, tmp_path / "other")
+    start_run(dataclasses.replace(TINY, method="policy_gradient", seed=7), tmp_path / "other.1-policy_gradient")
+    with pytest.raises(ValueError, match="settings"):
+        carry_on(tmp_path / "other", Console(quiet=True))
+
+
+def test_starting_and_resuming_touch_nothing_that_is_not_the_run_s(unbroken, tmp_path):
+    start_run(TINY, tmp_path / "foo.tmp")
+    folder = start_run(TINY, tmp_path / "foo")
+    assert (tmp_path / "foo.tmp" / "config.yaml").is_file()
+    mine = [
+        folder.checkpoints / "checkpoint-best" / "keep",
+        folder.rollouts / "my.parquet",
+        folder.rollouts / "d" / "x",
+    ]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    folder.rewind()
+    assert all(path.read_text() == "mine" for path in mine)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("metrics.jsonl", "metrics.jsonl, line 1"),
+        ("checkpoints/checkpoint-4/optimizer.pt", "optimizer.pt: cannot be read"),
+        ("checkpoints/checkpoint-4/model.safetensors", "model.safetensors: cannot be read"),
+        ("checkpoints/checkpoint-4/cpu_seconds.json", "cpu_seconds.json: expected JSON"),
+    ],
+)
+def test_a_damaged_run_names_the_damaged_file(tmp_path, part, message):
+    path = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        Run(TINY, start_run(TINY, path), Interrupter(5)).train()
+    (path / part).write_text("garbage\n")
+    with pytest.raises(ValueError, match=message):
+        Run(TINY, RunFolder.open(path), Silence()).train()
 
 
 def test_an_existing_run_is_never_overwritten(unbroken):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +30,8 @@ from cppo.objective import Decision, decide
 # gradient; its normaliser is "dapo"'s.
 LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "bnpo")
 _HOOK_ARGUMENTS = ["advantages", "per_token_logps", "sampling_per_token_logps", "mask", "off_policy_threshold"]
-# What the sampler's distribution must not be changed by: name -> values that leave it alone.
-_NEUTRAL_SAMPLING: dict[str, tuple[object, ...]] = {
+# What would part the sampler from the policy whose ratio is taken: name -> values that leave it alone.
+_NEUTRAL_SAMPLING: Mapping[str, tuple[object, ...]] = {
     "top_p": (None, 1.0),
     "top_k": (None, 0, -1),
     "min_p": (None, 0.0),
@@ -41,8 +42,34 @@ _NEUTRAL_SAMPLING: dict[str, tuple[object, ...]] = {
     "no_repeat_ngram_size": (None, 0),
     "do_sample": (None, True),
     "num_beams": (None, 1),
-    "temperature": (None,),  # in generation_kwargs: it would part the sampler from GRPOConfig.temperature
-}
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "guidance_scale": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "penalty_alpha": (None, 0.0),
+} | dict.fromkeys(
+    (
+        "top_h",
+        "bad_words_ids",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "sequence_bias",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "exponential_decay_length_penalty",
+        "watermarking_config",
+    ),
+    (None,),
+)
+# Settings of ``generation_kwargs`` that change how, not what, is sampled.
+_HARMLESS_GENERATION = (
+    "use_cache",
+    "cache_implementation",
+    "cache_config",
+    "pad_token_id",
+    "eos_token_id",
+    "bos_token_id",
+)
 
 
 def check_config(config: GRPOConfig, method: Method, *, engine_log_probs: bool) -> None:
@@ -95,13 +122,12 @@ def check_config(config: GRPOConfig, method: Method, *, engine_log_probs: bool) 
             f"the fused loss of TRL {trl.__version__} bypasses the hook",
         ),
     ]
-    generation_kwargs: dict[str, object] = dict(config.generation_kwargs or {})  # type: ignore[arg-type]
     for name, neutral in _NEUTRAL_SAMPLING.items():
-        if hasattr(config, name) and name != "temperature":
+        if hasattr(config, name):
             checks.append((name, getattr(config, name) not in neutral, f"{neutral[-1]!r}", truncated))
-        if name in generation_kwargs:
-            changed = generation_kwargs[name] not in neutral
-            checks.append(("generation_kwargs", changed, f"{name} left alone", truncated))
+    for name, value in _generation_kwargs(config).items():
+        harmless = name in _HARMLESS_GENERATION or value in _NEUTRAL_SAMPLING.get(name, ())
+        checks.append(("generation_kwargs", not harmless, f"{name} left alone", truncated))
     for field, wrong, expected, why in checks:
         if wrong:
             raise ValueError(f"GRPOConfig({field}={getattr(config, field)!r}): expected {expected}; {why}")
@@ -119,6 +145,23 @@ def check_config(config: GRPOConfig, method: Method, *, engine_log_probs: bool) 
             "more than one optimizer step a rollout; with one, the policy is the rollout policy, every ratio is 1, and "
             "a trust region can never act. Raise steps_per_generation or num_iterations."
         )
+
+
+def _generation_kwargs(config: GRPOConfig) -> dict[str, object]:
+    return dict(config.generation_kwargs or {})  # type: ignore[arg-type]
+
+
+def _check_own_sampling(model: object, config: GRPOConfig) -> None:
+    """Refuse what generation would take from the model's own settings, where TRL sets nothing."""
+    own = getattr(model, "generation_config", None)
+    for name, neutral in _NEUTRAL_SAMPLING.items():
+        value = getattr(own, name, None)
+        given = _generation_kwargs(config).get(name, getattr(config, name, None))
+        if given is None and name != "do_sample" and value not in neutral:
+            raise ValueError(
+                f"model.generation_config.{name}={value!r}: expected {neutral[-1]!r}, or GRPOConfig to set it; the "
+                "sampler would not be the policy whose ratio is taken"
+            )
 
 
 def _check_surface() -> None:
@@ -155,15 +198,7 @@ class TrustRegionTrainer(GRPOTrainer):
         self.method = method
         self._tallies: dict[str, Tally] = {}
         super().__init__(*args, **kwargs)
-        # What TRL leaves unset, generation takes from the model's own settings.
-        own = getattr(self.model, "generation_config", None)
-        for name in ("typical_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "num_beams"):
-            value = getattr(own, name, None)
-            if value not in _NEUTRAL_SAMPLING[name] and name not in (config.generation_kwargs or {}):
-                raise ValueError(
-                    f"model.generation_config.{name}={value!r}: expected {_NEUTRAL_SAMPLING[name][-1]!r}; the sampler "
-                    "would not be the policy whose ratio is taken"
-                )
+        _check_own_sampling(self.model, config)
         self.off_policy_mask_threshold = 0.0  # any number makes TRL ask the hook
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def _series(run: RunData, name: str) -> tuple[list[int], list[float]]:
 def learning_curve(runs: list[RunData]) -> Figure:
     """Held-out accuracy with its standard error, and the rollouts' mean reward."""
     figure, axes = _figure("Held-out accuracy", "optimizer update", "mean success")
-    for run, colour in zip(runs, _COLOURS, strict=False):
+    for run, colour in zip(runs, itertools.cycle(_COLOURS), strict=False):
         steps, accuracy = _series(run, "eval/accuracy")
         errors = [row.get("eval/standard_error") or 0.0 for row in run.metrics if row.get("eval/accuracy") is not None]
         axes.errorbar(steps, accuracy, yerr=errors, color=colour, marker="o", markersize=4, capsize=2, label=run.label)
@@ -85,7 +86,7 @@ def divergence_by_position(runs: list[RunData]) -> Figure:
     """Mean and largest tenth of |pi - mu| by relative position in the response."""
     figure, axes = _figure("Drift by position in the response", "position / length", "|pi - mu| of the sampled token")
     centres = (np.arange(_BINS) + 0.5) / _BINS
-    for run, colour in zip(runs, _COLOURS, strict=False):
+    for run, colour in zip(runs, itertools.cycle(_COLOURS), strict=False):
         # Short responses leave bins empty.
         x, mean, tail = (values[~np.isnan(run.divergence)] for values in (centres, run.divergence, run.divergence_tail))
         axes.plot(x, mean, color=colour, marker=".", label=f"{run.label}: mean")
@@ -99,7 +100,7 @@ def effective_budget(runs: list[RunData]) -> Figure:
     """The mean delta_b in force at each update."""
     figure, axes = _figure("Effective prefix budget", "optimizer update", "delta_b, mean over responses")
     drawn = False
-    for run, colour in zip(runs, _COLOURS, strict=False):
+    for run, colour in zip(runs, itertools.cycle(_COLOURS), strict=False):
         steps, budget = _series(run, "account/delta_b")
         if steps:
             axes.plot(steps, budget, color=colour, label=run.label)
@@ -115,7 +116,7 @@ def effective_budget(runs: list[RunData]) -> Figure:
 def masked_by_cause(runs: list[RunData]) -> Figure:
     """Share of response tokens masked at each update: by the token threshold, and by the prefix budget alone."""
     figure, axes = _figure("Masked tokens by cause", "optimizer update", "share of response tokens")
-    for run, colour in zip(runs, _COLOURS, strict=False):
+    for run, colour in zip(runs, itertools.cycle(_COLOURS), strict=False):
         steps, masked = _series(run, "gate/masked_fraction")
         _, share = _series(run, "gate/budget_share")
         if share:

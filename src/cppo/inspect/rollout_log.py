@@ -52,5 +52,9 @@ def write_rollouts(path: Path, rows: list[dict[str, Any]]) -> None:
 def read_rollouts(folder: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """Yield the rows of every ``*.parquet`` in a folder, in the order of the file names, in bounded memory."""
     for path in sorted(folder.glob("*.parquet")):
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024, columns=columns):
+        try:
+            file = pq.ParquetFile(path)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path}: cannot be read as parquet: {error}") from None
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
             yield from batch.to_pylist()

@@ -73,22 +73,34 @@ class RunConfig:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for method in (self.method, *self.beside):
+        self._check_texts()
+        methods = (self.method, *self.beside)
+        for method in methods:
             parse_method(method)
+        if len(set(methods)) != len(methods):
+            raise ValueError(
+                f"beside={list(self.beside)}: expected methods that differ from each other and from method"
+            )
+        if isinstance(self.seed, int) and self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed}: expected an integer below 2^32")
         for name in ("rollouts", "prompts", "minibatch", "gradient_accumulation", "epochs", "eval_problems",
                      "eval_samples", "eval_every", "checkpoint_every", "threads"):  # fmt: skip
             _check_integer(name, getattr(self, name), 1)
         _check_integer("generations", self.generations, 2)
-        if self.schedule not in ("constant", "linear"):
-            raise ValueError(f"schedule={self.schedule!r}: expected 'constant' or 'linear'")
         for name in ("seed", "warm_start_steps", "lora_rank", "warmup"):
             _check_integer(name, getattr(self, name), 0)
         if self.max_completion_tokens is not None:
             _check_integer("max_completion_tokens", self.max_completion_tokens, 1)
         for name in ("learning_rate", "temperature"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r}: expected a number > 0")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                hint = "; YAML reads 1e-4 as text, 1.0e-4 as a number" if isinstance(value, str) else ""
+                raise ValueError(f"{name}={value!r}: expected a number > 0{hint}")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.schedule not in ("constant", "linear"):
+            raise ValueError(f"schedule={self.schedule!r}: expected 'constant' or 'linear'")
         if self.responses % self.minibatch:
             raise ValueError(
                 f"minibatch={self.minibatch}: expected a divisor of prompts x generations = {self.responses}"
@@ -103,6 +115,22 @@ class RunConfig:
                 "the policy is the rollout policy and a trust region can never act"
             )
 
+    def _check_texts(self) -> None:
+        for name in ("task", "model", "method"):
+            _check_text(name, getattr(self, name))
+        for name in ("beside", "report_to"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple):
+                raise ValueError(f"{name}={value!r}: expected a list of texts")
+            for item in value:
+                _check_text(name, item)
+        if self.gguf_file is not None:
+            _check_text("gguf_file", self.gguf_file)
+            if self.model == "tiny":
+                raise ValueError(f"gguf_file={self.gguf_file!r}: expected model to be the folder that holds it")
+        if not isinstance(self.skip_zero_variance, bool):
+            raise ValueError(f"skip_zero_variance={self.skip_zero_variance!r}: expected true or false")
+
     @property
     def responses(self) -> int:
         """Responses a rollout."""
@@ -112,6 +140,11 @@ class RunConfig:
     def updates(self) -> int:
         """Optimizer updates a rollout."""
         return self.responses // self.minibatch * self.epochs
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name}={value!r}: expected text")
 
 
 def _check_integer(name: str, value: object, low: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -25,7 +26,7 @@ class LiveDisplay:
     """A live display on a terminal; on anything else one plain line an evaluation."""
 
     def __init__(self, title: str, console: Console, *, quiet: bool = False) -> None:
-        self._console, self._title, self._quiet = console, title, quiet
+        self._console, self._title, self._quiet = console, escape(title), quiet
         self._progress = Progress(
             TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             console=console,
@@ -97,7 +98,7 @@ def final_table(summaries: list[dict[str, Any]]) -> Table:
     for summary in summaries:
         result, cost = summary["result"], summary["cost"]
         table.add_row(
-            summary["method"],
+            escape(summary["method"]),
             f"{result['start_accuracy']:.3f}",
             f"{result['final_accuracy']:.3f} ± {result['standard_error'] or 0:.3f}",
             f"{result['best_accuracy']:.3f}",

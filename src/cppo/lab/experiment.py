@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from cppo.inspect.report import write_report
 from cppo.lab.config import RunConfig, load_config
 from cppo.lab.display import LiveDisplay
 from cppo.lab.evaluation import Evaluation, evaluate
-from cppo.lab.folder import RunFolder, free_name, read_metrics
+from cppo.lab.folder import RunFolder, free_name, read_json, read_metrics
 from cppo.lab.model import load_pretrained
 from cppo.lab.run import Run, beside_config, start_run
 from cppo.lab.tasks import make_task
@@ -28,6 +27,11 @@ def begin(config: RunConfig, root: Path, name: str | None, console: Console, *, 
     if name is not None and (not name or Path(name).name != name):
         raise ValueError(f"--name {name!r}: expected a folder name without separators")
     path = root / (name or free_name(root, config.method.partition("?")[0]))
+    for other, _ in _beside(path, config):
+        if other.exists():
+            raise ValueError(
+                f"run folder {other}: exists; expected a new one for the run beside (choose another --name)"
+            )
     return _finish(start_run(config, path), config, console, quiet=quiet)
 
 
@@ -40,14 +44,16 @@ def carry_on(path: Path, console: Console, *, quiet: bool = False) -> Outcome:
 def _finish(folder: RunFolder, config: RunConfig, console: Console, *, quiet: bool) -> Outcome:
     start = folder.checkpoints / "start"
     runs = [(folder, config)]
-    for number, method in enumerate(config.beside, start=1):
-        other = folder.path.with_name(f"{folder.path.name}.{number}-{method.partition('?')[0]}")
-        settings = beside_config(config, method)
+    for other, settings in _beside(folder.path, config):
+        if other.exists() and load_config(RunFolder.open(other).config) != settings:
+            raise ValueError(
+                f"run folder {other}: expected the settings of {folder.path} with method {settings.method!r}"
+            )
         runs.append((RunFolder.open(other) if other.exists() else start_run(settings, other), settings))
     summaries = []
     for part, settings in runs:
         if part.summary.is_file():
-            summaries.append(json.loads(part.summary.read_text(encoding="utf-8")))
+            summaries.append(read_json(part.summary))
             continue
         with LiveDisplay(f"{settings.method}  ({part.path})", console, quiet=quiet) as display:
             summaries.append(Run(settings, part, display, start).train())
@@ -62,6 +68,14 @@ def _finish(folder: RunFolder, config: RunConfig, console: Console, *, quiet: bo
     return summaries, folder.report
 
 
+def _beside(path: Path, config: RunConfig) -> list[tuple[Path, RunConfig]]:
+    """Return the folder and the settings of each run beside the run at ``path``."""
+    return [
+        (path.with_name(f"{path.name}.{number}-{method.partition('?')[0]}"), beside_config(config, method))
+        for number, method in enumerate(config.beside, start=1)
+    ]
+
+
 def _labels(methods: list[str]) -> list[str]:
     """Return the methods' names, with their knobs only where names alone would not tell them apart."""
     names = [method.partition("?")[0] for method in methods]
@@ -74,7 +88,7 @@ def evaluate_model(
     task: str | None,
     problems: int,
     samples: int,
-    temperature: float,
+    temperature: float | None,
     max_tokens: int | None,
     gguf_file: str | None,
     seed: int,
@@ -87,11 +101,16 @@ def evaluate_model(
     path = Path(name)
     if (path / "config.yaml").is_file():
         config = load_config(path / "config.yaml")
+        # What is not asked for otherwise is as the run had it.
         task = task or config.task
+        temperature = config.temperature if temperature is None else temperature
+        max_tokens = max_tokens or config.max_completion_tokens
         final = path / "checkpoints" / "final"
         if not final.is_dir():
             raise ValueError(f"run folder {path}: expected a finished run (checkpoints/final); resume it first")
         name = str(final)
+    elif not path.exists() and path.parent.name == "runs":
+        raise ValueError(f"run folder {name}: there is none")
     if task is None:
         raise ValueError("--task: expected one, because the model is no run folder")
     source = make_task(task)
@@ -100,6 +119,7 @@ def evaluate_model(
         bar = progress.add_task("sampling", total=problems * samples)
         return evaluate(
             model, tokenizer, source, source.problems("test", problems, seed), samples=samples, seed=seed,
-            temperature=temperature, max_tokens=max_tokens or source.max_completion_tokens, batch_size=batch_size,
+            temperature=1.0 if temperature is None else temperature,
+            max_tokens=max_tokens or source.max_completion_tokens, batch_size=batch_size,
             on_batch=lambda done: progress.advance(bar, done),
         )  # fmt: skip

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,13 @@ class RunFolder:
         Raises:
             ValueError: if the folder exists or cannot be made or written to.
         """
-        made = path.with_name(path.name + ".tmp")
         try:
             if path.exists():
                 raise FileExistsError
-            shutil.rmtree(made, ignore_errors=True)
+            made = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+            made.chmod(0o755)
             for part in ("rollouts", "checkpoints"):
-                (made / part).mkdir(parents=True)
+                (made / part).mkdir()
             (made / "config.yaml").write_text(config, encoding="utf-8")
             made.rename(path)  # the folder appears whole, or not at all
         except FileExistsError:
@@ -71,7 +73,9 @@ class RunFolder:
     def rewind(self) -> tuple[int, Path | None]:
         """Go back to the last whole checkpoint: drop what was written after it. Return its step (0: none) and path."""
         whole = {}
-        for path in self.checkpoints.glob("checkpoint-*"):
+        for path in self.checkpoints.iterdir():
+            if not re.fullmatch(r"checkpoint-\d+", path.name):
+                continue  # not ours
             if (path / _WHOLE).is_file():
                 whole[int(path.name.removeprefix("checkpoint-"))] = path
             else:
@@ -80,7 +84,8 @@ class RunFolder:
         kept = [row for row in read_metrics(self.metrics) if row["step"] <= step] if whole else []
         write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         for path in self.rollouts.iterdir():
-            if path.suffix != ".parquet" or int(path.stem.removeprefix("step-")) > step:
+            ours = re.fullmatch(r"step-(\d{6,})\.(parquet|tmp)", path.name)
+            if ours and (ours[2] == "tmp" or int(ours[1]) > step):
                 path.unlink()
         return step, whole.get(step)
 
@@ -99,10 +104,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if not path.is_file():
         return rows
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            row = json.loads(line)
+            rows.append(row | {"step": int(row["step"])})
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}: expected a JSON object with a step") from None
     return rows
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; an error names the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path}: expected JSON") from None
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -132,8 +132,7 @@ def load_pretrained(
         ) from None
     if gguf_file is not None:
         _forget_quantization(model)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"name_or_path={source!r}: its tokenizer has no end token; expected one that has")
+    _check_tokenizer(tokenizer, source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -143,12 +142,29 @@ def load_pretrained(
 def check_pretrained(name_or_path: str, gguf_file: str | None = None) -> None:
     """Raise what :func:`load_pretrained` would raise for a name that leads nowhere, without loading weights."""
     source, gguf_file = _locate(name_or_path, gguf_file)
-    if gguf_file is None and not os.path.isdir(source):
+    if gguf_file is None and os.path.isdir(source):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except Exception as error:  # noqa: BLE001  loaders raise errors of many kinds
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            raise ValueError(f"name_or_path={source!r}: its tokenizer cannot be loaded ({reason})") from None
+        _check_tokenizer(tokenizer, source)
+    elif gguf_file is None:
         try:
             AutoConfig.from_pretrained(source)
         except Exception as error:  # noqa: BLE001  the hub client raises errors of many kinds
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
             raise ValueError(f"name_or_path={source!r}: cannot be found ({reason})") from None
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"name_or_path={source!r}: its tokenizer has no end token; expected one that has")
+    if not len(tokenizer("0")["input_ids"]):
+        # Transformers makes an empty tokenizer up where a folder has none.
+        raise ValueError(
+            f"name_or_path={source!r}: has no tokenizer that knows any text; expected one beside the model"
+        )
 
 
 def _locate(name: str, gguf_file: str | None) -> tuple[str, str | None]:

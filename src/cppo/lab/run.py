@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,10 +26,10 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from cppo.lab.config import RunConfig, dump_config
 from cppo.lab.evaluation import Evaluation, evaluate
-from cppo.lab.folder import RunFolder, read_metrics, write_whole
+from cppo.lab.folder import RunFolder, read_json, read_metrics, write_whole
 from cppo.lab.ledger import CpuLedger
 from cppo.lab.model import build_char_tokenizer, build_tiny_model, check_pretrained, load_pretrained
-from cppo.lab.problems import Demonstrable, Task
+from cppo.lab.problems import SPLITS, Demonstrable, Task
 from cppo.lab.tasks import make_task
 from cppo.lab.trainer import LabTrainer, TaskReward
 from cppo.lab.warm_start import warm_start
@@ -129,7 +130,9 @@ class Run:
                 {"step": 0, "eval/accuracy": first.mean, "eval/standard_error": first.standard_error}
             )
         else:
-            self.ledger.seconds |= json.loads((checkpoint / "cpu_seconds.json").read_text(encoding="utf-8"))
+            self.ledger.seconds |= read_json(checkpoint / "cpu_seconds.json")
+            if not read_metrics(self.folder.metrics):
+                raise ValueError(f"{self.folder.metrics}: expected the metrics up to {checkpoint.name}, found none")
         problems = self.task.problems("train", config.prompts * config.rollouts, config.seed)
         reward = TaskReward(self.task, problems, int(tokenizer.eos_token_id), self.ledger)
         self.observer.phase("training", config.rollouts * config.updates)
@@ -153,6 +156,8 @@ class Run:
                 on_rows=self._rows.extend,
             )
             _only_our_display(trainer)
+            if checkpoint:
+                _check_checkpoint(checkpoint)
             with self.ledger.phase("updates"):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trained: Any = trainer.model
@@ -280,6 +285,8 @@ class Run:
 def start_run(config: RunConfig, path: Path) -> RunFolder:
     """Make the folder of a new run, after everything that can be checked was checked."""
     task = make_task(config.task)
+    for split in SPLITS:
+        task.problems(split, 1, config.seed)  # a task without problems of one kind says so
     get_reporting_integration_callbacks(list(config.report_to))  # a tracker that is unknown or not installed
     if config.model == "tiny":
         check_demonstrated(task)
@@ -301,6 +308,23 @@ def check_demonstrated(task: Task) -> str:
 def beside_config(config: RunConfig, method: str) -> RunConfig:
     """Return the settings of the run beside: the same but for the method."""
     return dataclasses.replace(config, method=method, beside=())
+
+
+def _check_checkpoint(path: Path) -> None:
+    """Raise ValueError, naming the file, unless the tensors of a checkpoint can be read."""
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                tensors.keys()
+        except Exception as error:  # noqa: BLE001  the format's own error class is private
+            raise ValueError(f"{file}: cannot be read ({error}); remove {path} to resume from an earlier one") from None
+    try:
+        torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  errors of many kinds, one for each way to be broken
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{path / 'optimizer.pt'}: cannot be read ({reason}); remove {path} to resume from an earlier one"
+        ) from None
 
 
 def _dataset(prompts: list[str]) -> Any:

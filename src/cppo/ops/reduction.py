@@ -39,7 +39,7 @@ def loss_denominator(
     if isinstance(denominator, Tensor):
         return denominator.to(device=layout.mask.device, dtype=dtype, non_blocking=True)
     if denominator is not None:
-        return torch.full((), denominator, dtype=dtype, device=layout.mask.device)
+        return torch.full((), float(denominator), dtype=dtype, device=layout.mask.device)
     count = layout.lengths.sum() if reduction == "token-mean" else (layout.lengths > 0).sum()
     return count.clamp(min=1).to(dtype)
 
