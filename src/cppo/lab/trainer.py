@@ -80,7 +80,7 @@ class LabTrainer(TrustRegionTrainer):
                 kept = output["completion_mask"] * varies[:, None]
                 # TRL's mask of tokens that carry no loss, but that the model still attends to.
                 output["tool_mask"] = kept
-                output["num_items_in_batch"] = kept.sum()
+                output["num_items_in_batch"] = kept.sum().clamp(min=1)
             return output
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
