@@ -409,3 +409,22 @@ def test_lengths_whose_sum_wraps_around_are_refused():
         cppo.decide(cppo.CPPO(), logp, logp, torch.ones(5), lengths=[*[2**62] * 4, 4])
     with pytest.raises(TypeError, match="lengths="):
         cppo.decide(cppo.CPPO(), logp, logp, torch.ones(2), lengths=[2**70, 2])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda one, k, ids: cppo.binary_tv(one[:2], one), r"rollout_logp: expected logp's shape \[2\], got \[3\]"),
+        (lambda one, k, ids: cppo.binary_kl(one, [1.0]), "rollout_logp: expected a torch.Tensor, got list"),
+        (lambda one, k, ids: cppo.exact_tv(k, k[:1]), r"rollout_logp: expected logp's shape \[3, 4\], got \[1, 4\]"),
+        (
+            lambda one, k, ids: cppo.topk_tv(one, one, ids[:, 0], k, k[:, :3], ids),
+            r"rollout_topk_logp: .* got \[3, 3\]",
+        ),
+        (lambda one, k, ids: cppo.topk_kl(one, one, ids[:, 0], k, k, k), "topk_ids: expected integers"),
+        (lambda one, k, ids: cppo.topk_kl(one, one, ids, k, k, ids), r"token_ids: expected logp's shape \[3\]"),
+    ],
+)
+def test_the_divergences_name_what_does_not_fit(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(torch.full((3,), -1.0), torch.full((3, 4), -2.0), torch.arange(12).view(3, 4))

@@ -6,7 +6,8 @@ binary <= top-K <= exact, for TV and for KL(mu || pi).
 Shapes: ``[...]`` for per-token log-probs, ``[..., K]`` for top-K log-probs, ``[..., V]`` for the vocabulary. Units:
 nats for KL, probability for TV (0 to 1). Numerics: computed in float32, or float64 if an input is float64; a log-prob
 above 0 (rounding) counts as 0; one below log(2.2e-308) = -708.4, the smallest normal double, counts as that, so a
-probability of zero gives a finite value. NaN stays NaN. Results carry no gradient: a trust region is a gate.
+probability of zero gives a finite value. NaN stays NaN. A shape or type that does not fit raises ValueError or
+TypeError, naming the argument. Results carry no gradient: a trust region is a gate.
 """
 
 from __future__ import annotations
@@ -26,6 +27,36 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def _check_shape(name: str, tensor: object, expected: tuple[int, ...], like: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.shape != expected:
+        raise ValueError(f"{name}: expected {like} {list(expected)}, got {list(tensor.shape)}")
+
+
+def _check_pair(logp: Tensor, rollout_logp: Tensor) -> None:
+    _check_shape("logp", logp, getattr(logp, "shape", ()), "a shape")
+    _check_shape("rollout_logp", rollout_logp, logp.shape, "logp's shape")
+
+
+def _check_topk(
+    logp: Tensor,
+    rollout_logp: Tensor,
+    token_ids: Tensor,
+    topk_logp: Tensor,
+    rollout_topk_logp: Tensor,
+    topk_ids: Tensor,
+) -> None:
+    _check_pair(logp, rollout_logp)
+    _check_shape("token_ids", token_ids, logp.shape, "logp's shape")
+    width = topk_logp.shape[-1] if isinstance(topk_logp, Tensor) and topk_logp.dim() else 0
+    for name, tensor in (("topk_logp", topk_logp), ("rollout_topk_logp", rollout_topk_logp), ("topk_ids", topk_ids)):
+        _check_shape(name, tensor, (*logp.shape, width), "[..., K] =")
+    for name, tensor in (("token_ids", token_ids), ("topk_ids", topk_ids)):
+        if tensor.is_floating_point():
+            raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
 
 
 def _log_probs(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -57,6 +88,7 @@ def binary_tv(logp: Tensor, rollout_logp: Tensor) -> Tensor:
     Returns:
         D in [0, 1], same shape, no gradient.
     """
+    _check_pair(logp, rollout_logp)
     dtype = _compute_dtype(logp, rollout_logp)
     # No clamp below: exp maps every tiny probability to its place. Clamped above after exp, in place: one pass less.
     p = logp.detach().to(dtype).exp().clamp_(max=1.0)
@@ -77,6 +109,7 @@ def binary_kl(logp: Tensor, rollout_logp: Tensor) -> Tensor:
     Returns:
         D >= 0 in nats, same shape, no gradient. p = 1 with m < 1, infinite by the formula, gives a large finite value.
     """
+    _check_pair(logp, rollout_logp)
     lp, lm = _log_probs(logp, rollout_logp)
     # Where p rounds to 1, the largest value below 0 that the dtype resolves stands for log p.
     nearly_one = -1e-12 if lp.dtype == torch.float64 else -1e-7
@@ -114,6 +147,7 @@ def topk_tv(
     Returns:
         D in [0, 1], ``[...]``, no gradient.
     """
+    _check_topk(logp, rollout_logp, token_ids, topk_logp, rollout_topk_logp, topk_ids)
     p, m, p_k, m_k = (x.exp() for x in _log_probs(logp, rollout_logp, topk_logp, rollout_topk_logp))
     own = _outside(token_ids, topk_ids)
     p, m = p * own, m * own
@@ -138,6 +172,7 @@ def topk_kl(
     Returns:
         D >= 0 in nats, ``[...]``, no gradient. The bucket's p_o is floored at 1e-12; an empty m_o adds nothing.
     """
+    _check_topk(logp, rollout_logp, token_ids, topk_logp, rollout_topk_logp, topk_ids)
     lp, lm, lp_k, lm_k = _log_probs(logp, rollout_logp, topk_logp, rollout_topk_logp)
     own = _outside(token_ids, topk_ids)
     rest_p = (1 - lp_k.exp().sum(-1) - lp.exp() * own).clamp_(min=1e-12)
@@ -158,6 +193,7 @@ def exact_tv(logp: Tensor, rollout_logp: Tensor) -> Tensor:
     Returns:
         D in [0, 1], ``[...]``, no gradient.
     """
+    _check_pair(logp, rollout_logp)
     lp, lm = _log_probs(logp, rollout_logp)
     return lp.exp_().sub_(lm.exp_()).abs_().sum(-1) / 2
 
@@ -173,6 +209,7 @@ def exact_kl(logp: Tensor, rollout_logp: Tensor) -> Tensor:
     Returns:
         D >= 0 in nats, ``[...]``, no gradient.
     """
+    _check_pair(logp, rollout_logp)
     lp, lm = _log_probs(logp, rollout_logp)
     return _relative_entropy_term(lm, lp).sum(-1).clamp_(min=0.0)
 
