@@ -272,6 +272,12 @@ def test_a_folder_of_another_run_is_never_taken_for_the_run_beside(tmp_path):
         carry_on(tmp_path / "other", Console(quiet=True))
 
 
+def test_a_new_root_is_made(tmp_path):
+    folder = start_run(TINY, tmp_path / "new" / "runs" / "first")
+    assert folder.config.is_file()
+    assert [path.name for path in (tmp_path / "new" / "runs").iterdir()] == ["first"]
+
+
 def test_starting_and_resuming_touch_nothing_that_is_not_the_run_s(unbroken, tmp_path):
     start_run(TINY, tmp_path / "foo.tmp")
     folder = start_run(TINY, tmp_path / "foo")

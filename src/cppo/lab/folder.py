@@ -38,6 +38,7 @@ class RunFolder:
         try:
             if path.exists():
                 raise FileExistsError
+            path.parent.mkdir(parents=True, exist_ok=True)
             made = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
             made.chmod(0o755)
             for part in ("rollouts", "checkpoints"):
