@@ -71,7 +71,7 @@ def prior_account(
     """
     flow = position_weight.to(accumulation_dtype(position_weight.device), copy=True)
     flow.mul_(layout.spread(delta_b) if isinstance(delta_b, Tensor) else delta_b)
-    # Converted before it is subtracted, and below before it is compared: mixed dtypes cost a CPU twice as much.
+    # Converted before it is subtracted, and below before it is compared: mixed dtypes cost a CPU more.
     return layout.prior_sum_(flow.sub_(weighted_divergence.to(flow.dtype)))
 
 

@@ -1,8 +1,7 @@
 """Zeroing tokens by their bits.
 
-A product with a 0/1 mask turns NaN and infinity into NaN, and ``masked_fill`` and ``where`` cost twenty times a product
-on a CPU (3 ns a token; the whole mask costs 9). A bitwise and with all ones or all zeros is exact for every value and
-as fast as a product.
+A product with a 0/1 mask turns NaN and infinity into NaN, and ``masked_fill`` and ``where`` cost a CPU many times a
+product. A bitwise and with all ones or all zeros is exact for every value and as fast as a product.
 """
 
 from __future__ import annotations
@@ -33,5 +32,5 @@ def zero_outside_(values: Tensor, bits: Tensor) -> Tensor:
 
 
 def as_dtype(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a bool mask as 0/1 of ``dtype`` (through bytes: the direct conversion is six times slower on a CPU)."""
+    """Return a bool mask as 0/1 of ``dtype`` (through bytes: the direct conversion is slower on a CPU)."""
     return mask.view(torch.uint8).to(dtype)
