@@ -23,6 +23,8 @@ class Response:
     rollout_logp: tuple[float, ...]
     advantages: tuple[float, ...]
     divergence: tuple[float, ...] | None = None
+    rollout_entropy: tuple[float, ...] | None = None
+    proximal_logp: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.logp)
@@ -54,21 +56,30 @@ class Batch:
     response_mask: Tensor | None
     lengths: list[int] | None
     divergence: Tensor | None
+    rollout_entropy: Tensor | None
+    proximal_logp: Tensor | None
     places: list[list[int]]  # flat indices, one list a response
 
-    def arguments(self, *, divergence: bool = True) -> tuple[tuple, dict]:
-        """Return what ``decide`` takes after the method."""
+    def arguments(self, method, correction=None) -> tuple[tuple, dict]:
+        """Return what ``decide`` takes after the method: of the optional tensors those that it needs."""
         positional = (self.logp, self.rollout_logp, self.advantages, self.response_mask)
-        return positional, {"lengths": self.lengths, "divergence": self.divergence if divergence else None}
+        named = {"lengths": self.lengths}
+        if takes_divergence(method):
+            named["divergence"] = self.divergence
+        if takes_entropy(method):
+            named["rollout_entropy"] = self.rollout_entropy
+        if correction:
+            named |= {"proximal_logp": self.proximal_logp, "correction": correction}
+        return positional, named
 
-    def decide(self, method):
-        positional, named = self.arguments(divergence=takes_divergence(method))
+    def decide(self, method, correction=None):
+        positional, named = self.arguments(method, correction)
         return cppo.decide(method, *positional, **named)
 
-    def loss(self, method, **reduction):
+    def loss(self, method, correction=None, **reduction):
         """Return (PolicyLoss, gradient of the loss with respect to logp)."""
         leaf = self.logp.clone().requires_grad_()
-        positional, named = self.arguments(divergence=takes_divergence(method))
+        positional, named = self.arguments(method, correction)
         out = cppo.policy_loss(method, leaf, *positional[1:], **named, **reduction)
         (gradient,) = torch.autograd.grad(out.loss, leaf)
         return out, gradient
@@ -86,7 +97,11 @@ class Batch:
 
 
 def takes_divergence(method) -> bool:
-    return hasattr(method, "divergence") and not method.divergence.startswith("binary")
+    return getattr(method, "divergence", "binary_tv").split("_")[0] in ("topk", "exact")
+
+
+def takes_entropy(method) -> bool:
+    return isinstance(method, cppo.ESTR)
 
 
 def columns(length: int, width: int, side: str) -> list[int]:
@@ -115,7 +130,7 @@ def padded(
         fill("advantages").reshape(shape) if per_token else _per_response_advantages(responses, dtype),
         mask.reshape(shape),
         None,
-        fill("divergence").reshape(shape) if _measured(responses) else None,
+        *(fill(name).reshape(shape) if _has(responses, name) else None for name in OPTIONAL),
         places,
     )
 
@@ -139,13 +154,16 @@ def packed(responses: Sequence[Response], *, extra=0, garbage=0.0, dtype=torch.f
         fill("advantages") if per_token else _per_response_advantages(responses, dtype),
         mask,
         lengths,
-        fill("divergence") if _measured(responses) else None,
+        *(fill(name) if _has(responses, name) else None for name in OPTIONAL),
         places,
     )
 
 
-def _measured(responses: Sequence[Response]) -> bool:
-    return all(r.divergence is not None for r in responses)
+OPTIONAL = ("divergence", "rollout_entropy", "proximal_logp")
+
+
+def _has(responses: Sequence[Response], name: str) -> bool:
+    return all(getattr(r, name) is not None for r in responses)
 
 
 def _per_response_advantages(responses: Sequence[Response], dtype: torch.dtype) -> Tensor:

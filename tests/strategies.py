@@ -18,6 +18,8 @@ advantages = st.one_of(
     st.floats(-3.0, 3.0), st.sampled_from((0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30, 1e3)), st.floats(-1.0, 1.0)
 )
 divergences = st.one_of(st.floats(0.0, 0.3), st.sampled_from((0.0, 0.15, 1.0, 40.0)))
+entropies = st.one_of(st.floats(0.0, 10.0), st.just(0.0))
+mismatches = st.one_of(st.just(0.0), st.floats(-0.05, 0.05), st.floats(-3.0, 3.0))
 token_counts = st.one_of(st.integers(0, 3), st.integers(0, 12), st.integers(13, 40))
 
 
@@ -31,7 +33,7 @@ def tokens(draw):
 
 @st.composite
 def responses(draw, lengths=token_counts, per_token=False):
-    """Draw one response; its divergence is drawn apart from its probabilities."""
+    """Draw one response; its divergence and entropy are drawn apart from its probabilities."""
     length = draw(lengths)
     pairs = draw(st.lists(tokens(), min_size=length, max_size=length))
     if per_token:
@@ -43,6 +45,8 @@ def responses(draw, lengths=token_counts, per_token=False):
         tuple(m for _, m in pairs),
         tuple(advantage),
         tuple(draw(st.lists(divergences, min_size=length, max_size=length))),
+        tuple(draw(st.lists(entropies, min_size=length, max_size=length))),
+        tuple(min(m + draw(mismatches), 0.0) for _, m in pairs),
     )
 
 
@@ -73,12 +77,55 @@ cppos = st.builds(
     budget=st.sampled_from(("adaptive", "fixed", "none")),
     w_min=st.one_of(st.sampled_from((0.8, 0.6, 1.0)), st.floats(0.01, 1.0)),
     position=st.sampled_from(("linear", "uniform", "shuffled")),
-    gate=st.sampled_from(("hard", "soft")),
+    gate=st.sampled_from(("hard", "soft", cppo.sigmoid_gate)),
     divergence=gaps,
     ratio_cap=caps,
     shuffle_seed=st.integers(0, 5),
 )
-dppos = st.builds(cppo.DPPO, delta=deltas, divergence=gaps, ratio_cap=caps)
-grpos = st.builds(cppo.GRPO, clip_low=st.floats(0.0, 1.2), clip_high=st.floats(0.0, 2.0))
+dppos = st.builds(cppo.DPPO, delta=deltas, delta_low=st.one_of(st.none(), deltas), divergence=gaps, ratio_cap=caps)
+ipos = st.builds(cppo.IPO, delta=deltas, divergence=gaps, ratio_cap=caps)
+drpos = st.builds(cppo.DRPO, delta=st.one_of(st.just(12.5), deltas))
+widths = st.floats(0.0, 1.2)
+sampled = st.sampled_from(cppo.methods.SAMPLED_DIVERGENCES)
+trms = st.builds(
+    cppo.TRM,
+    max_threshold=deltas,
+    avg_threshold=st.one_of(st.none(), deltas),
+    divergence=st.one_of(sampled, gaps),
+    avg_divergence=st.one_of(st.none(), sampled),
+)
+trm_criteria = st.one_of(
+    st.builds(cppo.TRMMax, max_threshold=deltas, divergence=sampled),
+    st.builds(cppo.TRMAvg, avg_threshold=deltas, divergence=sampled),
+)
+estrs = st.builds(cppo.ESTR, tau=st.floats(1e-3, 10.0), epsilon=st.floats(1e-3, 1.0), clip_low=widths, clip_high=widths)
+grpos = st.builds(
+    cppo.GRPO,
+    clip_low=widths,
+    clip_high=st.floats(0.0, 2.0),
+    dual_clip=st.one_of(st.none(), st.floats(1.0, 20.0, exclude_min=True)),
+)
+cispos = st.builds(cppo.CISPO, cap=st.floats(0.5, 10.0), floor=st.floats(0.0, 0.5))
+optional_widths = st.one_of(st.none(), widths)
+minpros = st.builds(
+    cppo.MinPRO, clip_low=optional_widths, clip_high=optional_widths, ratio_cap=caps, cap_prefix_at_one=st.booleans()
+)
+gspos = st.builds(cppo.GSPO, clip_low=st.one_of(st.just(3e-4), widths), clip_high=st.one_of(st.just(4e-4), widths))
+sapos = st.builds(cppo.SAPO, tau_pos=st.floats(0.1, 5.0), tau_neg=st.floats(0.1, 5.0))
+gmpos = st.builds(cppo.GMPO, log_clip_low=widths, log_clip_high=widths)
+pnpos = st.builds(cppo.PNPO, ratio_cap=caps)
+ctpos = st.builds(cppo.CTPO, epsilon=st.floats(1e-3, 3.0), ratio_cap=caps)
 policy_gradients = st.builds(cppo.PolicyGradient, ratio_cap=caps)
-methods = st.one_of(cppos, cppos, dppos, grpos, policy_gradients)
+methods = st.one_of(
+    cppos, cppos, cppos, dppos, ipos, drpos, trms, trm_criteria, estrs, grpos, cispos, minpros, gspos, sapos, gmpos,
+    pnpos, ctpos, policy_gradients,
+)  # fmt: skip
+
+scopes = st.sampled_from(("token", "sequence"))
+one_correction = st.one_of(
+    st.builds(cppo.TIS, scope=scopes, cap=st.floats(0.5, 10.0)),
+    st.builds(cppo.MIS, scope=scopes, low=st.floats(0.0, 1.0), high=st.floats(1.0, 10.0)),
+    st.builds(cppo.IcePop, low=st.floats(0.0, 1.0), high=st.floats(1.0, 10.0)),
+    st.builds(cppo.GeometricMask, low=st.floats(0.0, 1.0), high=st.floats(1.0, 10.0)),
+)
+corrections = st.one_of(one_correction, st.tuples(one_correction, one_correction))

@@ -16,17 +16,53 @@ POSITIVE = (0, -0.1, math.nan, math.inf, -math.inf)
 NOT_NEGATIVE = (-0.1, math.nan, math.inf)
 NOT_A_NUMBER = ("0.15", None, True, [0.1], torch.tensor(0.1))
 
+TRMS = (cppo.TRM, cppo.TRMMax, cppo.TRMAvg)
 NUMBERS = [
     (cppo.CPPO, "delta", POSITIVE, "(0, inf)"),
     (cppo.CPPO, "delta_b", NOT_NEGATIVE, "[0, inf)"),
     (cppo.CPPO, "w_min", (0, -0.5, 1.0000001, 2, math.nan), "(0, 1]"),
     (cppo.CPPO, "ratio_cap", POSITIVE, "(0, inf)"),
     (cppo.DPPO, "delta", POSITIVE, "(0, inf)"),
+    (cppo.DPPO, "delta_low", POSITIVE, "(0, inf)"),
     (cppo.DPPO, "ratio_cap", POSITIVE, "(0, inf)"),
+    (cppo.IPO, "delta", POSITIVE, "(0, inf)"),
+    (cppo.IPO, "ratio_cap", POSITIVE, "(0, inf)"),
+    (cppo.DRPO, "delta", (*POSITIVE, 1e-7), "[1e-06, inf)"),
+    *((kind, knob, POSITIVE, "(0, inf)") for kind in TRMS for knob in ("max_threshold", "avg_threshold")),
+    (cppo.ESTR, "tau", POSITIVE, "(0, inf)"),
+    (cppo.ESTR, "epsilon", POSITIVE, "(0, inf)"),
+    (cppo.ESTR, "clip_low", NOT_NEGATIVE, "[0, inf)"),
+    (cppo.ESTR, "clip_high", NOT_NEGATIVE, "[0, inf)"),
     (cppo.GRPO, "clip_low", NOT_NEGATIVE, "[0, inf)"),
     (cppo.GRPO, "clip_high", NOT_NEGATIVE, "[0, inf)"),
+    (cppo.GRPO, "dual_clip", (1, 0.5, -3, math.nan, math.inf), "(1, inf)"),
+    (cppo.CISPO, "cap", POSITIVE, "(0, inf)"),
+    (cppo.CISPO, "floor", (-0.1, 5.1, math.nan, math.inf), "[0, 5]"),
+    (cppo.MinPRO, "clip_low", NOT_NEGATIVE, "[0, inf)"),
+    (cppo.MinPRO, "clip_high", NOT_NEGATIVE, "[0, inf)"),
+    (cppo.MinPRO, "ratio_cap", POSITIVE, "(0, inf)"),
+    (cppo.GSPO, "clip_low", NOT_NEGATIVE, "[0, inf)"),
+    (cppo.GSPO, "clip_high", NOT_NEGATIVE, "[0, inf)"),
+    (cppo.SAPO, "tau_pos", POSITIVE, "(0, inf)"),
+    (cppo.SAPO, "tau_neg", POSITIVE, "(0, inf)"),
+    (cppo.GMPO, "log_clip_low", NOT_NEGATIVE, "[0, inf)"),
+    (cppo.GMPO, "log_clip_high", NOT_NEGATIVE, "[0, inf)"),
+    (cppo.PNPO, "ratio_cap", POSITIVE, "(0, inf)"),
+    (cppo.CTPO, "epsilon", POSITIVE, "(0, inf)"),
+    (cppo.CTPO, "ratio_cap", POSITIVE, "(0, inf)"),
     (cppo.PolicyGradient, "ratio_cap", POSITIVE, "(0, inf)"),
+    (cppo.TIS, "cap", POSITIVE, "(0, inf)"),
+    (cppo.MIS, "high", POSITIVE, "(0, inf)"),
+    (cppo.MIS, "low", (-0.1, 2.5, math.nan), "[0, 2]"),
+    (cppo.IcePop, "high", POSITIVE, "(0, inf)"),
+    (cppo.IcePop, "low", (-0.1, 5.5, math.nan), "[0, 5]"),
+    (cppo.GeometricMask, "low", NOT_NEGATIVE, "[0, inf)"),
+    (cppo.GeometricMask, "high", (0.9, math.nan, math.inf), "[0.999, inf)"),
 ]
+# What has no default, at some value.
+REQUIRED = {cppo.ESTR: {"tau": 0.1}, cppo.CTPO: {"epsilon": 0.1}}
+# What may be None.
+OPTIONAL = ("ratio_cap", "delta_low", "dual_clip", "max_threshold", "avg_threshold")
 CASES = [(kind, knob, value, interval) for kind, knob, values, interval in NUMBERS for value in values]
 
 
@@ -34,17 +70,17 @@ CASES = [(kind, knob, value, interval) for kind, knob, values, interval in NUMBE
 def test_a_number_outside_its_interval_is_refused(kind, knob, value, interval):
     message = f"{kind.__name__}({knob}={value!r}): expected a number in {interval}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        kind(**{knob: value})
+        kind(**REQUIRED.get(kind, {}) | {knob: value})
 
 
 @pytest.mark.parametrize(("kind", "knob", "values", "interval"), NUMBERS)
 def test_what_is_no_number_is_refused(kind, knob, values, interval):
     for value in NOT_A_NUMBER:
-        if value is None and knob == "ratio_cap":
+        if value is None and (knob in OPTIONAL or kind is cppo.MinPRO):
             continue
         message = f"{kind.__name__}({knob}={value!r}): expected a number in {interval}"
         with pytest.raises(TypeError, match=re.escape(message)):
-            kind(**{knob: value})
+            kind(**REQUIRED.get(kind, {}) | {knob: value})
 
 
 @pytest.mark.parametrize(
@@ -52,16 +88,37 @@ def test_what_is_no_number_is_refused(kind, knob, values, interval):
     [
         (cppo.CPPO, "budget", "adaptive, fixed, none"),
         (cppo.CPPO, "position", "linear, uniform, shuffled"),
-        (cppo.CPPO, "gate", "hard, soft"),
+        (cppo.CPPO, "gate", "hard, soft, or a function of a tensor"),
         (cppo.CPPO, "divergence", "binary_tv, binary_kl, topk_tv, topk_kl, exact_tv, exact_kl"),
         (cppo.DPPO, "divergence", "binary_tv, binary_kl, topk_tv, topk_kl, exact_tv, exact_kl"),
+        (cppo.IPO, "divergence", "binary_tv, binary_kl, topk_tv, topk_kl, exact_tv, exact_kl"),
+        (cppo.TRM, "divergence", "binary_tv, binary_kl, topk_tv, topk_kl, exact_tv, exact_kl, k2, k3"),
+        (cppo.TRM, "avg_divergence", "binary_tv, binary_kl, k2, k3"),
+        (cppo.TIS, "scope", "token, sequence"),
+        (cppo.MIS, "scope", "token, sequence"),
     ],
 )
 @pytest.mark.parametrize("value", ["Fixed", "", None, 3])
 def test_an_unknown_choice_is_refused_with_the_known_ones(kind, knob, choices, value):
+    if value is None and knob == "avg_divergence":
+        return
     message = f"{kind.__name__}({knob}={value!r}): expected one of {choices}"
     with pytest.raises(ValueError, match=re.escape(message)):
         kind(**{knob: value})
+
+
+@pytest.mark.parametrize("kind", TRMS)
+def test_trust_region_masking_needs_a_criterion(kind):
+    message = f"{kind.__name__}(max_threshold=None, avg_threshold=None): expected at least one threshold"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kind(max_threshold=None, avg_threshold=None)
+
+
+@pytest.mark.parametrize("value", [0, 1, "yes", None])
+def test_a_flag_is_true_or_false(value):
+    message = f"MinPRO(cap_prefix_at_one={value!r}): expected True or False"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        cppo.MinPRO(cap_prefix_at_one=value)
 
 
 @pytest.mark.parametrize(
@@ -80,11 +137,19 @@ def test_the_largest_shuffle_seed_works():
 def test_bounds_that_belong_to_their_interval_are_taken():
     cppo.CPPO(delta=1e-30, delta_b=0, w_min=1, ratio_cap=1e-30)
     cppo.GRPO(clip_low=0, clip_high=0)
-    cppo.GRPO(clip_low=5.0)
+    cppo.GRPO(clip_low=5.0, dual_clip=1.0001)
+    cppo.DRPO(delta=1e-6)
+    cppo.CISPO(cap=0.5, floor=0.5)
+    cppo.MIS(low=2.0, high=2.0)
+    cppo.GeometricMask(low=0.0, high=0.0)
+    cppo.MinPRO(clip_low=None, clip_high=0)
 
 
-@pytest.mark.parametrize("method", [cppo.CPPO(), cppo.DPPO(), cppo.GRPO(), cppo.PolicyGradient()])
+@pytest.mark.parametrize(
+    "method", [cppo.METHODS[name](**REQUIRED.get(cppo.METHODS[name], {})) for name in cppo.METHODS]
+)
 def test_methods_are_frozen_values(method):
+    assert type(method).__name__ in cppo.__all__
     knob = dataclasses.fields(method)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(method, knob, 1.0)
@@ -113,15 +178,37 @@ def test_defaults_are_the_papers():
         "ratio_cap": None,
         "shuffle_seed": 0,
     }
-    assert dataclasses.asdict(cppo.DPPO()) == {"delta": 0.15, "divergence": "binary_tv", "ratio_cap": None}
-    assert dataclasses.asdict(cppo.GRPO()) == {"clip_low": 0.2, "clip_high": 0.28}
-    assert dataclasses.asdict(cppo.PolicyGradient()) == {"ratio_cap": None}
+    binary = {"divergence": "binary_tv", "ratio_cap": None}
+    assert dataclasses.asdict(cppo.DPPO()) == {"delta": 0.15, "delta_low": None, **binary}
+    assert dataclasses.asdict(cppo.IPO()) == {"delta": 0.3, **binary}
+    assert dataclasses.asdict(cppo.DRPO()) == {"delta": 12.5}
+    trm = {"divergence": "binary_kl", "avg_divergence": None}
+    assert dataclasses.asdict(cppo.TRM()) == {"max_threshold": 0.05, "avg_threshold": None, **trm}
+    assert dataclasses.asdict(cppo.TRMMax()) == {"max_threshold": 0.05, "avg_threshold": None, **trm}
+    assert dataclasses.asdict(cppo.TRMAvg()) == {"max_threshold": None, "avg_threshold": 0.001, **trm}
+    clip = {"clip_low": 0.2, "clip_high": 0.28}
+    assert dataclasses.asdict(cppo.ESTR(tau=1.0)) == {"tau": 1.0, "epsilon": 0.01, **clip}
+    assert dataclasses.asdict(cppo.GRPO()) == {**clip, "dual_clip": None}
+    assert dataclasses.asdict(cppo.CISPO()) == {"cap": 5.0, "floor": 0.0}
+    assert dataclasses.asdict(cppo.MinPRO()) == {**clip, "ratio_cap": None, "cap_prefix_at_one": False}
+    assert dataclasses.asdict(cppo.GSPO()) == {"clip_low": 3e-4, "clip_high": 4e-4}
+    assert dataclasses.asdict(cppo.SAPO()) == {"tau_pos": 1.0, "tau_neg": 1.05}
+    assert dataclasses.asdict(cppo.GMPO()) == {"log_clip_low": 0.4, "log_clip_high": 0.4}
+    assert dataclasses.asdict(cppo.PNPO()) == dataclasses.asdict(cppo.PolicyGradient()) == {"ratio_cap": None}
+    assert dataclasses.asdict(cppo.CTPO(epsilon=0.5)) == {"epsilon": 0.5, "ratio_cap": None}
+    assert dataclasses.asdict(cppo.TIS()) == {"scope": "token", "cap": 2.0}
+    assert dataclasses.asdict(cppo.MIS()) == {"scope": "token", "low": 0.0, "high": 2.0}
+    assert dataclasses.asdict(cppo.IcePop()) == {"scope": "token", "low": 0.5, "high": 5.0}
+    assert dataclasses.asdict(cppo.GeometricMask()) == {"low": 0.999, "high": 1.001}
 
 
 def test_make_method_names_the_known_methods_and_knobs():
     names = ", ".join(cppo.METHODS)
     with pytest.raises(ValueError, match=re.escape(f"method='ppo': expected one of {names}")):
         cppo.make_method("ppo")
+    for name, knob in (("estr", "tau"), ("ctpo", "epsilon")):
+        with pytest.raises(ValueError, match=f"{name} needs a value for '{knob}': no published one is known"):
+            cppo.make_method(name)
     with pytest.raises(ValueError, match=re.escape("grpo has no knob 'delta': expected one of clip_low, clip_high")):
         cppo.make_method("grpo", delta=0.1)
     assert cppo.make_method("cppo", delta=0.2) == cppo.CPPO(delta=0.2)
@@ -150,8 +237,8 @@ def packed_arguments(**changes):
 META = torch.zeros(B, T, device="meta")
 
 DECIDE = {
-    "a method by name": (arguments(method="cppo"), TypeError, "method='cppo': expected one of CPPO, DPPO, GRPO, "),
-    "a method's class": (arguments(method=cppo.CPPO), TypeError, "expected one of CPPO, DPPO, GRPO, PolicyGradient"),
+    "a method by name": (arguments(method="cppo"), TypeError, "method='cppo': expected one of CPPO, DPPO, IPO, "),
+    "a method's class": (arguments(method=cppo.CPPO), TypeError, "PNPO, CTPO, PolicyGradient"),
     "logp as a list": (arguments(logp=[[0.0]]), TypeError, "logp: expected a torch.Tensor, got list"),
     "integer logp": (
         arguments(logp=torch.zeros(B, T, dtype=torch.int64)),
@@ -312,6 +399,58 @@ DECIDE = {
         ValueError,
         "divergence: GRPO uses none, got a tensor",
     ),
+    "no exact divergence for a whole response": (
+        arguments(method=cppo.TRM(divergence="exact_kl")),
+        ValueError,
+        "divergence: TRM(divergence='exact_kl') needs the measured token-shaped tensor [2, 3], got None",
+    ),
+    "no entropy where one is needed": (
+        arguments(method=cppo.ESTR(tau=0.1)),
+        ValueError,
+        "rollout_entropy: ESTR needs the rollout policy's entropy at each token (nats, [2, 3]), which the sampled "
+        "tokens' log-probs do not tell, got None",
+    ),
+    "an entropy a response": (
+        arguments(method=cppo.ESTR(tau=0.1), rollout_entropy=torch.zeros(B)),
+        ValueError,
+        "rollout_entropy: expected logp's shape [2, 3], got [2]",
+    ),
+    "an entropy that nobody reads": (
+        arguments(rollout_entropy=torch.zeros(B, T)),
+        ValueError,
+        "rollout_entropy: CPPO uses none, got a tensor",
+    ),
+    "a correction without the third policy": (
+        arguments(correction=cppo.IcePop()),
+        ValueError,
+        "proximal_logp: IcePop weighs by the trainer's recomputed policy over the sampler's and needs the former's "
+        "log-probs, got None; of two policies alone every weight is 1",
+    ),
+    "a third policy without a correction": (
+        arguments(proximal_logp=torch.zeros(B, T)),
+        ValueError,
+        "proximal_logp: expected correction= with it",
+    ),
+    "a third policy of another shape": (
+        arguments(proximal_logp=torch.zeros(B), correction=cppo.TIS()),
+        ValueError,
+        "proximal_logp: expected logp's shape [2, 3], got [2]",
+    ),
+    "a correction by name": (
+        arguments(proximal_logp=torch.zeros(B, T), correction="tis"),
+        TypeError,
+        "correction='tis': expected one of TIS, MIS, IcePop, GeometricMask",
+    ),
+    "a method among the corrections": (
+        arguments(proximal_logp=torch.zeros(B, T), correction=(cppo.TIS(), cppo.GRPO())),
+        TypeError,
+        "correction=GRPO(",
+    ),
+    "a gate that is no gate": (
+        arguments(method=cppo.CPPO(gate=torch.square)),
+        ValueError,
+        "expected g(x) = 1 on [0, 1], got g(0) = 0",
+    ),
     "a divergence for the plain policy gradient": (
         arguments(method=cppo.PolicyGradient(), divergence=torch.zeros(B, T)),
         ValueError,
@@ -326,6 +465,45 @@ def test_decide_and_policy_loss_name_what_is_wrong(case):
     for function in (cppo.decide, cppo.policy_loss):
         with pytest.raises(error, match=re.escape(message)):
             function(**given)
+
+
+# ---------------------------------------------------------------- gates
+
+
+def steeper(x):
+    return torch.where(x <= 1, 1.0, x.clamp(min=1.0).pow(-2.0))
+
+
+@pytest.mark.parametrize("gate", [cppo.sigmoid_gate, steeper, lambda x: (x <= 1).to(x.dtype)])
+def test_an_admissible_gate_is_taken(gate):
+    method = cppo.CPPO(delta=0.1, budget="none", w_min=1.0, gate=gate)
+    logp, rollout = torch.tensor([[0.7, 0.8]]).log(), torch.tensor([[0.5, 0.75]]).log()
+    wanted = gate(torch.tensor([0.2 / 0.1])).item()
+    assert cppo.decide(method, logp, rollout, torch.ones(1)).gate.tolist() == [[pytest.approx(wanted, abs=1e-5), 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (lambda x: 1 / x.clamp(min=0.5), r"g\(x\) = 1 on \[0, 1\], got g\(0\) = 2"),
+        (lambda x: torch.where(x < 1, 1.0, 1 / x.clamp(min=1)) * (x != 1), r"g\(x\) = 1 on \[0, 1\], got g\(1\) = 0"),
+        (torch.ones_like, r"x g\(x\) <= 1 beyond 1, got g\(1\) = 1"),
+        # SAPO's own attenuation leaves 1 with slope 0.
+        (lambda x: torch.cosh((x.clamp(1, 300) - 1) / 2) ** -2, r"x g\(x\) <= 1 beyond 1"),
+        (lambda x: torch.where(x > 4, 1 / x, torch.where(x > 1, 0.2, 1.0)), r"a non-increasing g, got g\(4\.\d+\)"),
+        (lambda x: torch.where(x > 1, 0.5 - x, 1.0), r"g\(x\) >= 0, got"),
+        (lambda x: torch.where(x > 2, math.nan, 1 / x.clamp(min=1)), r"a finite value, got g\("),
+    ],
+)
+def test_a_gate_that_is_not_admissible_is_refused_with_the_point(gate, message):
+    with pytest.raises(ValueError, match=r"gate=<.*>: expected " + message):
+        cppo.decide(**arguments(method=cppo.CPPO(gate=gate)))
+
+
+@pytest.mark.parametrize("gate", [lambda x: 1.0, lambda x: x.float(), lambda x: x[:3]])
+def test_what_is_no_function_of_a_tensor_is_refused(gate):
+    with pytest.raises(TypeError, match=r"gate=<.*>: expected a tensor like x \(torch.float64 \[\d+\]\), got "):
+        cppo.decide(**arguments(method=cppo.CPPO(gate=gate)))
 
 
 # ---------------------------------------------------------------- reductions

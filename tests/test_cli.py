@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+
+import cppo
+from cppo.methods import SETTINGS
 
 pytestmark = pytest.mark.train
 
@@ -27,11 +31,20 @@ def test_help_has_examples(name):
 
 def test_methods_lists_every_method_and_prints_one_in_full():
     listed = json.loads(cppo_command("methods", "--json").stdout)
-    assert list(listed) == ["cppo", "dppo", "grpo", "policy_gradient"]
+    assert list(listed) == [*cppo.METHODS, *cppo.CORRECTIONS]
     assert listed["cppo"]["knobs"]["delta"] == 0.15
+    assert listed["estr"]["knobs"]["tau"] == "required"
+    assert listed["trm_max"]["scope"] == "response"
+    assert [setting["spec"] for setting in listed["icepop"]["settings"]] == ["icepop?low=0.5&high=5"]
     table = cppo_command("methods").stdout
-    assert all(name in table for name in listed)
+    assert all(re.search(rf"^{name} ", table, flags=re.MULTILINE) for name in listed)
+    for setting in SETTINGS:
+        assert re.search(rf"^{re.escape(setting.label)} .*{re.escape(setting.spec)} ", table, flags=re.MULTILINE)
     assert "Eqs. 8-11" in cppo_command("methods", "cppo").stdout
+    one = cppo_command("methods", "trm_avg").stdout
+    assert "(1 / T) sum_t D_t <= avg_threshold" in one
+    assert "trm_avg?avg_threshold=0.001&divergence=exact_kl" in one
+    assert "Ring-1T" in cppo_command("methods", "icepop").stdout
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """The gradient with respect to logp: closed form, autograd of the naive surrogate, finite differences."""
 
 import dataclasses
+import math
 import random
 
 import oracle
 import pytest
 import torch
 from examples import CPPOS, OTHERS, drifting_batch, label
-from layouts import NAN, WORKED, every_layout, packed, padded, takes_divergence
+from layouts import NAN, WORKED, every_layout, packed, padded, takes_divergence, takes_entropy
+from test_against_oracle import expected
 
 import cppo
 
@@ -32,18 +34,7 @@ def closed_form(batch, responses, method, knobs):
     position_weight = None
     if getattr(method, "position", None) == "shuffled":
         position_weight = batch.per_response(batch.decide(method).trace.position_weight)
-    coefficients = [
-        oracle.judge(
-            cppo.method_name(method),
-            dataclasses.asdict(method),
-            r.logp,
-            r.rollout_logp,
-            r.advantages,
-            r.divergence if takes_divergence(method) else None,
-            None if position_weight is None else position_weight[index],
-        ).coefficient
-        for index, r in enumerate(responses)
-    ]
+    coefficients = [verdict.coefficient for verdict in expected(method, responses, position_weight)]
     denominator = knobs.get("denominator")
     denominator = None if denominator is None else float(denominator)
     return oracle.gradients(
@@ -75,7 +66,7 @@ def leaf_of(batch):
 
 
 def loss_of(batch, leaf, method, **knobs):
-    positional, named = batch.arguments(divergence=takes_divergence(method))
+    positional, named = batch.arguments(method)
     return cppo.policy_loss(method, leaf, *positional[1:], **named, **knobs)
 
 
@@ -152,8 +143,11 @@ def test_gradient_flows_through_logp_only(method):
         "advantages": batch.advantages.clone().requires_grad_(),
     }
     divergence = batch.divergence.clone().requires_grad_() if takes_divergence(method) else None
-    out = cppo.policy_loss(method, **tensors, response_mask=batch.response_mask, divergence=divergence)
+    others = {"rollout_entropy": batch.rollout_entropy.clone().requires_grad_()} if takes_entropy(method) else {}
+    others |= {"proximal_logp": batch.proximal_logp.clone().requires_grad_(), "correction": cppo.TIS()}
+    out = cppo.policy_loss(method, **tensors, response_mask=batch.response_mask, divergence=divergence, **others)
     out.loss.backward()
+    assert all(getattr(value, "grad", None) is None for value in others.values())
     assert tensors["logp"].grad.any()
     assert tensors["rollout_logp"].grad is None
     assert tensors["advantages"].grad is None
@@ -199,27 +193,77 @@ def test_non_contiguous_inputs_are_read_as_they_stand():
         assert torch.equal(turned.loss(method)[1], batch.loss(method)[1])
 
 
-# ---------------------------------------------------------------- against the naive surrogate
+# ---------------------------------------------------------------- against each method's own printed loss
 
 
-def naive_surrogate(logp, batch, gate, cap, knobs):
-    """Eq. 11 as written: -sum M rho A, ratios capped as a detached coefficient of logp, summed response by response."""
+def clipped_surrogate(ratio, advantage, low, high):
+    """-min(r A, clip(r, 1 - low, 1 + high) A)."""
+    bottom = 1 - low if low is not None and low < 1 else 0.0
+    top = 1 + high if high is not None else math.inf
+    return -torch.minimum(ratio * advantage, ratio.clamp(bottom, top) * advantage)
+
+
+def printed_loss(method, logp, rollout, start, advantage, gate):  # noqa: PLR0911  one a method
+    """Return each token's loss as the method's paper or public code prints it, for autograd to differentiate.
+
+    ``start`` is where logp stood when the detached parts (a gate, a cap, a prefix's ratio) were formed.
+    """
+    d, frozen = logp - rollout, (start - rollout).detach()
+    rho, fixed = d.exp(), frozen.exp()
+    kind = type(method)
+    if kind is cppo.GRPO:
+        loss = clipped_surrogate(rho, advantage, method.clip_low, method.clip_high)
+        if method.dual_clip is not None and advantage < 0:
+            loss = torch.minimum(loss, -method.dual_clip * torch.full_like(loss, advantage))
+        return loss
+    if kind is cppo.CISPO:
+        return -fixed.clamp(method.floor, method.cap) * advantage * logp
+    if kind is cppo.MinPRO:
+        prefix = torch.ones_like(fixed)
+        for t in range(1, len(fixed)):
+            prefix[t] = fixed[:t].min()
+        if method.cap_prefix_at_one:
+            prefix = prefix.clamp(max=1.0)
+        if method.ratio_cap is not None:
+            assert method.clip_low is method.clip_high is None
+            return -(prefix * fixed).clamp(max=method.ratio_cap) * advantage * logp
+        return clipped_surrogate(prefix * rho, advantage, method.clip_low, method.clip_high)
+    if kind is cppo.GSPO:
+        s = d.mean().exp().expand_as(d)
+        return clipped_surrogate(s, advantage, method.clip_low, method.clip_high)
+    if kind is cppo.SAPO:
+        tau = method.tau_pos if advantage > 0 else method.tau_neg
+        return -(4 / tau) * torch.sigmoid(tau * (rho - 1)) * advantage
+    if kind is cppo.DRPO:
+        return -advantage * rho + abs(advantage) * rollout.exp() * (rho - 1) ** 2 / (2 * method.delta)
+    if kind is cppo.GMPO:
+        bounded = d.clamp(-method.log_clip_low, method.log_clip_high)
+        c = torch.minimum(d, bounded) if advantage > 0 else torch.maximum(d, bounded)
+        return -advantage * c.mean().exp().expand_as(d)
+    if kind in (cppo.PNPO, cppo.CTPO):
+        t = torch.arange(1, len(frozen) + 1)
+        r = (frozen.cumsum(0) / (t if kind is cppo.PNPO else 1)).exp()
+        return -gate * r.clamp(max=method.ratio_cap or math.inf) * advantage * logp
+    # The mask as a gate (Eq. 11); a capped ratio as a detached coefficient.
+    cap = getattr(method, "ratio_cap", None)
+    return -gate * advantage * (rho if cap is None else fixed.clamp(max=cap) * logp)
+
+
+def printed_surrogate(logp, batch, method, gate, knobs):
+    """Sum the printed losses response by response and reduce them; what is detached stands at batch.logp."""
     total = logp.new_zeros(())
     sequences = sum(1 for where in batch.places if where)
     tokens = sum(map(len, batch.places))
-    rows, rollout, gates = logp.reshape(-1), batch.rollout_logp.reshape(-1), gate.reshape(-1)
     for index, where in enumerate(batch.places):
-        part = logp.new_zeros(())
-        for place in where:
-            rho = torch.exp(rows[place] - rollout[place])
-            weight = rho if cap is None else torch.clamp(rho, max=cap).detach() * rows[place]
-            part = part - gates[place] * weight * batch.advantages[index]
-        if knobs["reduction"] == "sequence-mean" and where:
-            part = part / len(where)
-        total = total + part
+        if not where:
+            continue
+        rows = (tensor.reshape(-1)[where] for tensor in (logp, batch.rollout_logp, batch.logp, gate))
+        p, m, start, frozen_gate = rows
+        part = printed_loss(method, p, m, start, batch.advantages[index].item(), frozen_gate).sum()
+        total = total + (part / len(where) if knobs["reduction"] == "sequence-mean" else part)
     if knobs["reduction"] == "token-mean":
         return total / tokens
-    return total / sequences / knobs.get("fixed_length", 1)
+    return total / sequences / (knobs.get("fixed_length") or 1)
 
 
 SHORT = (5, 0, 1, 7, 2)
@@ -231,7 +275,7 @@ SHORT = (5, 0, 1, 7, 2)
     [{"reduction": "token-mean"}, {"reduction": "sequence-mean"}, {"reduction": "fixed-length", "fixed_length": 9}],
     ids=str,
 )
-def test_gradient_through_a_softmax_equals_autograd_of_the_naive_surrogate(method, knobs):
+def test_gradient_through_a_softmax_equals_autograd_of_the_printed_loss(method, knobs):
     # logits = table[state], logp = log_softmax(logits)[token]: the layer that really stands under the loss.
     responses = drifting_batch(seed=27, lengths=SHORT)
     batch = padded(responses, side="left", extra=1)
@@ -245,20 +289,21 @@ def test_gradient_through_a_softmax_equals_autograd_of_the_naive_surrogate(metho
 
     rollout = policy(logits + 0.3 * torch.randn(*shape, 11, generator=generator, dtype=torch.float64))
     batch = dataclasses.replace(batch, rollout_logp=rollout, logp=policy(logits))
-    positional, named = batch.arguments(divergence=takes_divergence(method))
+    positional, named = batch.arguments(method)
 
     ours = logits.clone().requires_grad_()
     cppo.policy_loss(method, policy(ours), *positional[1:], **named, **knobs).loss.backward()
     theirs = logits.clone().requires_grad_()
     gate = batch.decide(method).gate
-    naive_surrogate(policy(theirs), batch, gate, getattr(method, "ratio_cap", None), knobs).backward()
-    assert theirs.grad.any()
+    printed_surrogate(policy(theirs), batch, method, gate, knobs).backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-14)
+    # Published GSPO clips every response that moved this far.
+    assert theirs.grad.any() or method == cppo.GSPO()
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if getattr(m, "ratio_cap", None) is None], ids=label)
-def test_gradient_equals_finite_differences_of_the_naive_surrogate(method):
-    # With the gate frozen where it stands, as the method has it.
+@EVERY_METHOD
+def test_gradient_equals_finite_differences_of_the_printed_loss(method):
+    # With the gate, and whatever else the method detaches, frozen where it stands.
     responses = drifting_batch(seed=28, lengths=SHORT)
     batch = padded(responses)
     gate, (_, gradient) = batch.decide(method).gate, batch.loss(method)
@@ -268,16 +313,16 @@ def test_gradient_equals_finite_differences_of_the_naive_surrogate(method):
         for sign in (1, -1):
             moved = batch.logp.clone()
             moved.view(-1)[place] += sign * step
-            ends.append(naive_surrogate(moved, batch, gate, None, {"reduction": "token-mean"}).item())
+            ends.append(printed_surrogate(moved, batch, method, gate, {"reduction": "token-mean"}).item())
         difference = (ends[0] - ends[1]) / (2 * step)
         assert gradient.view(-1)[place].item() == pytest.approx(difference, rel=1e-7, abs=1e-9)
 
 
 def test_surrogate_value_is_the_loss_where_no_ratio_is_capped():
     batch = padded(drifting_batch(seed=29, lengths=SHORT))
-    for method in (cppo.CPPO(), cppo.CPPO(gate="soft"), cppo.GRPO(), cppo.PolicyGradient()):
-        naive = naive_surrogate(batch.logp, batch, batch.decide(method).gate, None, {"reduction": "token-mean"})
-        assert batch.loss(method)[0].loss.item() == pytest.approx(naive.item(), rel=1e-12)
+    for method in (cppo.CPPO(), cppo.CPPO(gate="soft"), cppo.DPPO(), cppo.PolicyGradient()):
+        printed = printed_surrogate(batch.logp, batch, method, batch.decide(method).gate, {"reduction": "token-mean"})
+        assert batch.loss(method)[0].loss.item() == pytest.approx(printed.item(), rel=1e-12)
 
 
 # ---------------------------------------------------------------- gradient accumulation

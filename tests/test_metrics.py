@@ -32,7 +32,7 @@ def test_tallies_of_parts_add_up_to_the_whole(method):
 
 
 def test_a_part_without_tokens_weighs_nothing():
-    full, empty = padded(drifting_batch(seed=51)), padded([Response((), (), (), ())], extra=3, garbage=NAN)
+    full, empty = padded(drifting_batch(seed=51)), padded([Response(*[()] * 6)], extra=3, garbage=NAN)
     for method in (*CPPOS[::9], *OTHERS):
         wanted = metrics_of([full], method)
         assert metrics_of([full, empty], method) == metrics_of([empty, full], method) == wanted

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from examples import CPPOS, OTHERS, drifting_batch, label
-from layouts import INF, NAN, every_layout, measured, packed, padded, takes_divergence
+from examples import CORRECTIONS, CPPOS, OTHERS, drifting_batch, label
+from layouts import INF, NAN, every_layout, measured, packed, padded, takes_divergence, takes_entropy
 
 import cppo
 
@@ -104,12 +104,13 @@ def test_inference_tensors_and_autocast_are_welcome():
     for method in SOME_METHODS:
         if takes_divergence(method):
             continue
+        named = {"rollout_entropy": torch.ones(2, 3)} if takes_entropy(method) else {}
         leaf = torch.full((2, 3), -1.0, requires_grad=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = cppo.policy_loss(method, leaf, rollout, advantages, mask)
+            out = cppo.policy_loss(method, leaf, rollout, advantages, mask, **named)
         out.loss.backward()
         assert out.loss.dtype == torch.float32
-        wanted = cppo.decide(method, leaf, rollout.clone(), torch.ones(2)).coefficient
+        wanted = cppo.decide(method, leaf, rollout.clone(), torch.ones(2), **named).coefficient
         torch.testing.assert_close(leaf.grad, -wanted / 6, rtol=1e-6, atol=0.0)
         assert all(value.isfinite() for value in out.metrics.values())
 
@@ -144,15 +145,17 @@ def extreme_batch(dtype):
 
 
 @EVERY_METHOD
+@pytest.mark.parametrize("correction", [None, *CORRECTIONS[:4:3], CORRECTIONS[-1]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_finite_inputs_give_finite_outputs(method, dtype):
+def test_finite_inputs_give_finite_outputs(method, dtype, correction):
     logp, rollout, advantages = extreme_batch(dtype)
     assert (logp - rollout).abs().max() >= 9000
     leaf = logp.requires_grad_()
-    divergence = None
-    if takes_divergence(method):
-        divergence = torch.linspace(0, 50, logp.numel(), dtype=dtype).reshape(logp.shape)
-    out = cppo.policy_loss(method, leaf, rollout, advantages, divergence=divergence)
+    ramp = torch.linspace(0, 50, logp.numel(), dtype=dtype).reshape(logp.shape)
+    named = {"divergence": ramp} if takes_divergence(method) else {}
+    named |= {"rollout_entropy": ramp} if takes_entropy(method) else {}
+    named |= {"proximal_logp": rollout.flip(1), "correction": correction} if correction else {}
+    out = cppo.policy_loss(method, leaf, rollout, advantages, **named)
     out.loss.backward()
     decision, trace = out.decision, out.decision.trace
     parts = {"loss": out.loss, "gradient": leaf.grad, "gate": decision.gate, "coefficient": decision.coefficient}
@@ -161,8 +164,16 @@ def test_finite_inputs_give_finite_outputs(method, dtype):
         assert values.isfinite().all(), name
     assert (decision.gate >= 0).all()
     assert (decision.gate <= 1).all()
-    assert (decision.coefficient >= 0).all()
+    assert (decision.coefficient >= 0).all() or isinstance(method, cppo.DRPO)
     assert out.metrics["input/nonfinite"].item() == 0
+
+
+def test_estimators_from_the_sampled_token_have_an_end():
+    logp, rollout = torch.tensor([[0.0, -1e30, 0.0]]), torch.tensor([[-1e30, 0.0, -30.0]])
+    for divergence, wanted in (("k2", [1e15, 1e15, 450.0]), ("k3", [math.exp(20) - 21, 1e15, math.exp(20) - 21])):
+        trace = cppo.decide(cppo.TRM(divergence=divergence), logp, rollout, torch.ones(1)).trace
+        assert trace.divergence.tolist() == [pytest.approx(wanted, rel=1e-6)], divergence
+        assert trace.max_divergence.isfinite().all()
 
 
 def test_the_ratio_is_evaluated_at_no_more_than_exp_20():
@@ -200,8 +211,8 @@ def broken(batch, field, place, value):
 FIELDS_OF_METHODS = [
     pytest.param(method, field, id=f"{field}-{label(method)}")
     for method in (*CPPOS[::6], CPPOS[2], *OTHERS)
-    for field in ("logp", "rollout_logp", "advantages", "divergence")
-    if field != "divergence" or takes_divergence(method)
+    for field in ("logp", "rollout_logp", "advantages", "divergence", "rollout_entropy")
+    if (field != "divergence" or takes_divergence(method)) and (field != "rollout_entropy" or takes_entropy(method))
 ]
 
 

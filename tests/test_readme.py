@@ -82,6 +82,8 @@ def test_the_method_table_names_every_method_and_knob():
     import cppo
 
     for kind in cppo.METHODS.values():
-        row = next(line for line in README.splitlines() if line.startswith(f"| `{kind.__name__}`"))
+        row = next(line for line in README.splitlines() if line.startswith("| `") and f"`{kind.__name__}`" in line)
+        if "as `TRM`" in row:
+            continue
         for field in dataclasses.fields(kind):
             assert f"`{field.name}`" in row or field.name == "shuffle_seed", (kind, field.name)

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from layouts import Response, every_layout, measured, packed, padded
+from layouts import NAN, Response, every_layout, measured, packed, padded, takes_entropy
 
 import cppo
-import cppo.objective
+import cppo.decision
 
 # delta 1/4, given divergences, weight 1: every sum below is exact in binary.
 PLAIN = cppo.CPPO(delta=0.25, delta_b=0.0, budget="fixed", w_min=1.0, divergence="exact_tv")
@@ -18,8 +18,9 @@ EVERY_METHOD = [
     cppo.CPPO(budget="none", divergence="binary_kl"),
     cppo.CPPO(position="shuffled"),
     cppo.DPPO(),
-    cppo.GRPO(),
-    cppo.PolicyGradient(ratio_cap=2.0),
+    *(kind() for kind in cppo.METHODS.values() if kind not in (cppo.CPPO, cppo.DPPO, cppo.ESTR, cppo.CTPO)),
+    cppo.ESTR(tau=1.0),
+    cppo.CTPO(epsilon=1.0),
 ]
 
 
@@ -128,7 +129,7 @@ def test_a_packed_tie_does_not_hang_on_the_neighbour(neighbour):
 
 def test_a_packed_decision_agrees_with_itself_whatever_the_block(monkeypatch):
     # The gate is judged in blocks, rejected_by in one pass.
-    monkeypatch.setattr(cppo.objective, "_BLOCK_TOKENS", 1)
+    monkeypatch.setattr(cppo.decision, "_BLOCK_TOKENS", 1)
     decision = packed([measured([0.09, 0.06]), measured([0.125, 0.125])]).decide(PLAIN)
     assert torch.equal(decision.gate == 1, decision.rejected_by == 0)
 
@@ -206,6 +207,181 @@ def test_the_clip_acts_on_one_side_a_sign():
     assert closed.rejected_by.tolist() == [[3, 0, 0], [0, 3, 0], [0, 0, 0]]
 
 
+# ---------------------------------------------------------------- the other methods' bounds
+
+
+def log_ratios(*values, advantage=1.0):
+    """Build a response with exactly these log-ratios."""
+    return Response(tuple(map(float, values)), (0.0,) * len(values), (advantage,) * len(values))
+
+
+def test_two_thresholds_by_the_sign_of_the_advantage():
+    method = cppo.DPPO(delta=0.25, delta_low=0.125, divergence="exact_tv")
+    above, above_low = 0.25 * (1 + 2**-52), 0.125 * (1 + 2**-52)
+    assert codes(method, measured([0.25, above, 0.1875])) == [[0, 1, 0]]
+    falling = dataclasses.replace(
+        measured([0.125, above_low, 0.1875], -1.0), logp=(-2.0,) * 3, rollout_logp=(-1.0,) * 3
+    )
+    assert codes(method, falling) == [[0, 1, 1]]
+    thresholds = padded([measured([0.0]), falling]).decide(method).trace.threshold
+    assert thresholds.tolist() == [[0.25, 0.0, 0.0], [0.125] * 3]
+
+
+def test_a_threshold_without_a_direction():
+    # Log-ratio +1: outward for A > 0, inward for A < 0, neither for A = 0; IPO drops them all beyond delta.
+    method = cppo.IPO(delta=0.25, divergence="exact_tv")
+    above = 0.25 * (1 + 2**-52)
+    for advantage in (1.0, -1.0, 0.0):
+        assert codes(method, measured([0.25, above], advantage)) == [[0, 1]]
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
+@LAYOUTS
+def test_criteria_of_a_response_are_met_on_a_tie_and_whatever_the_sign(layout, advantage):
+    largest = cppo.TRMMax(max_threshold=0.25, divergence="exact_kl")
+    mean = cppo.TRMAvg(avg_threshold=0.25, divergence="exact_kl")
+    above = 0.25 * (1 + 2**-51)  # whose sum with 1/4 is exact
+    rows = [measured(d, advantage) for d in ([0.25, 0.0], [above, 0.0], [0.5, 0.0, 0.25], [0.25, above])]
+    assert codes(largest, *rows, layout=layout) == [[0, 0], [3, 3], [3, 3, 3], [3, 3]]
+    assert codes(mean, *rows, layout=layout) == [[0, 0], [0, 0], [0, 0, 0], [3, 3]]
+    both = cppo.TRM(max_threshold=0.5, avg_threshold=0.25, divergence="exact_kl")
+    assert codes(both, *rows, layout=layout) == [[0, 0], [0, 0], [0, 0, 0], [3, 3]]
+    assert codes(both, measured([1.0, 0.0, 0.0, 0.0, 0.0], advantage), layout=layout) == [[3] * 5]
+
+
+def test_an_empty_response_is_accepted_and_not_counted():
+    for batch in (padded([measured([]), measured([1.0])]), packed([measured([]), measured([1.0])])):
+        out, _ = batch.loss(cppo.TRM(max_threshold=0.5, avg_threshold=0.5, divergence="exact_kl"))
+        assert out.decision.trace.accepted.tolist() == [True, False]
+        assert out.decision.trace.max_divergence.tolist() == out.decision.trace.mean_divergence.tolist() == [0.0, 1.0]
+        assert out.metrics["gate/accepted_responses"].item() == 0
+
+
+def test_the_entropy_statistic_on_a_tie():
+    # 0.25 / (0.75 + 0.25) = tau; an entropy below 0 counts as 0.
+    response = dataclasses.replace(log_ratios(0.5, 0.5, 0.5, -0.5), rollout_entropy=(0.75, 0.7499999, 0.8, -9.0))
+    batch = padded([response])
+    decision = batch.decide(cppo.ESTR(tau=0.25, epsilon=0.25, clip_high=1.0))
+    assert decision.rejected_by.tolist() == [[0, 3, 0, 3]]
+    assert decision.trace.statistic[0, 3].item() == 1.0
+    # The clip acts besides: exp(0.5) > 1.28.
+    assert batch.decide(cppo.ESTR(tau=9.0, epsilon=0.25)).rejected_by.tolist() == [[3, 3, 3, 0]]
+
+
+@LAYOUTS
+@pytest.mark.parametrize(("bound", "advantage"), [(math.log1p(0.28), 1.0), (math.log1p(-0.2), -1.0)])
+def test_the_clip_bounds_of_whole_ratios_are_kept(layout, bound, advantage):
+    beyond = bound * (1 + 2**-50)
+    rows = [log_ratios(bound, advantage=advantage), log_ratios(beyond, advantage=advantage)]
+    clip = {"clip_low": 0.2, "clip_high": 0.28}
+    assert codes(cppo.GSPO(**clip), *rows, layout=layout) == [[0], [3]]
+    assert codes(cppo.MinPRO(**clip), *rows, layout=layout) == [[0], [3]]
+    # The mean of two tokens; the product of two ratios.
+    pair = [log_ratios(2 * bound, 0.0, advantage=advantage), log_ratios(2 * beyond, 0.0, advantage=advantage)]
+    assert codes(cppo.GSPO(**clip), *pair, layout=layout) == [[0, 0], [3, 3]]
+    half = [log_ratios(bound / 2, x / 2, advantage=advantage) for x in (bound, beyond)]
+    assert codes(cppo.MinPRO(**clip), *half, layout=layout) == [[0, 0], [0, 3]]
+    against = [log_ratios(2 * beyond, 0.0, advantage=-advantage)]
+    assert codes(cppo.GSPO(**clip), *against, layout=layout) == [[0, 0]]
+
+
+@LAYOUTS
+def test_the_smallest_ratio_of_the_prefix_skips_nothing_else(layout):
+    method = cppo.MinPRO(clip_low=None, clip_high=None)
+    batch = every_layout([log_ratios(0.5, -1.0, 0.25, -2.0, 0.0), log_ratios(1.0, 2.0), log_ratios(3.0)])[layout]
+    decision = batch.decide(method)
+    wanted = [[1.0, math.exp(0.5), math.exp(-1), math.exp(-1), math.exp(-2)], [1.0, math.exp(1)], [1.0]]
+    for found, want in zip(batch.per_response(decision.trace.prefix_ratio), wanted, strict=True):
+        assert found == pytest.approx(want, rel=1e-14)
+    capped = batch.decide(dataclasses.replace(method, cap_prefix_at_one=True)).trace.prefix_ratio
+    for found, want in zip(batch.per_response(capped), wanted, strict=True):
+        assert found == pytest.approx([min(b, 1.0) for b in want], rel=1e-14)
+
+
+def test_a_broken_token_is_no_part_of_a_prefix_or_a_mean():
+    whole = log_ratios(0.5, NAN, 0.25)
+    for batch in (padded([whole]), packed([whole])):
+        trace = batch.decide(cppo.MinPRO(clip_low=None, clip_high=None)).trace
+        # Were it counted as a ratio of 1, the third token's b would be 1.
+        assert trace.prefix_ratio.view(-1).tolist()[::2] == [1.0, math.exp(0.5)]
+        # It keeps its place in T and t.
+        assert batch.decide(cppo.GSPO()).trace.ratio.view(-1)[0].item() == math.exp(0.25)
+        assert batch.decide(cppo.PNPO()).trace.ratio.view(-1)[2].item() == math.exp(0.25)
+
+
+@LAYOUTS
+def test_log_ratio_bounds_are_kept_and_only_outward_tokens_are_clipped(layout):
+    method = cppo.GMPO(log_clip_low=0.25, log_clip_high=0.5)
+    rising = log_ratios(0.5, 0.5 * (1 + 2**-50), -3.0)
+    falling = log_ratios(-0.25, -0.25 * (1 + 2**-50), 3.0, advantage=-1.0)
+    batch = every_layout([rising, falling, dataclasses.replace(rising, advantages=(0.0,) * 3)])[layout]
+    decision = batch.decide(method)
+    assert batch.per_response(decision.rejected_by) == [[0, 3, 0], [0, 3, 0], [0, 0, 0]]
+    means = [(0.5 + 0.5 - 3.0) / 3, (-0.25 - 0.25 + 3.0) / 3, (0.5 + 0.5 - 3.0) / 3]
+    for row, mean in zip(batch.per_response(decision.trace.ratio), means, strict=True):
+        assert row == pytest.approx([math.exp(mean)] * 3, rel=1e-13)
+
+
+@LAYOUTS
+def test_a_clip_that_widens_with_the_root_of_the_prefix(layout):
+    # Widths 0.25, 0.25 sqrt 2, 0.25 sqrt 3, 0.5: the sums stand on the first and the last.
+    method = cppo.CTPO(epsilon=0.25)
+    rising = log_ratios(0.25, 0.125, 0.0, 0.125)
+    beyond = log_ratios(0.25 * (1 + 2**-50), 0.0, 0.0, 0.25)
+    batch = every_layout([rising, beyond, dataclasses.replace(beyond, advantages=(-1.0,) * 4)])[layout]
+    decision = batch.decide(method)
+    assert batch.per_response(decision.rejected_by) == [[0, 3, 0, 0], [3, 0, 0, 3], [0, 0, 0, 0]]
+    down = [log_ratios(-0.25, -0.125, 0.0, -0.125, advantage=-1.0)]
+    assert codes(method, *down, layout=layout) == [[0, 3, 0, 0]]
+
+
+def test_the_dual_clip_keeps_its_bound_and_acts_on_negative_advantages_alone():
+    bound = math.log(3.0)
+    rows = [log_ratios(bound, bound * (1 + 2**-50), advantage=a) for a in (-1.0, 1.0)]
+    assert codes(cppo.GRPO(clip_high=9.0, dual_clip=3.0), *rows) == [[0, 3], [0, 0]]
+
+
+def test_the_fading_gate_takes_the_temperature_of_the_sign():
+    rows = [log_ratios(math.log(1.5), advantage=a) for a in (1.0, -1.0, 0.0)]
+    gate = padded(rows).decide(cppo.SAPO(tau_pos=2.0, tau_neg=4.0)).gate
+    assert gate.view(-1).tolist() == pytest.approx([math.cosh(0.5) ** -2, math.cosh(1.0) ** -2, math.cosh(1.0) ** -2])
+
+
+def test_bounded_weights_keep_both_ends():
+    coefficient = padded([log_ratios(math.log(8.0), 0.0, math.log(0.125))]).decide(cppo.CISPO(cap=4.0, floor=0.5))
+    assert coefficient.coefficient.tolist() == [[4.0, 1.0, 0.5]]
+
+
+@LAYOUTS
+def test_corrections_keep_what_stands_on_their_bounds(layout):
+    # q / mu: 1, 2, 1/2 to within nothing.
+    response = Response((0.0,) * 3, (0.0, 0.0, 0.0), (1.0,) * 3, proximal_logp=(0.0, math.log(2.0), -math.log(2.0)))
+    batch = every_layout([response])[layout]
+
+    def weights(correction):
+        decision = batch.decide(cppo.PolicyGradient(), correction)
+        return batch.per_response(decision.trace.correction)[0], batch.per_response(decision.rejected_by)[0]
+
+    two, half = math.exp(math.log(2.0)), math.exp(-math.log(2.0))
+    assert weights(cppo.MIS(low=half, high=two)) == ([1.0, two, half], [0, 0, 0])
+    assert weights(cppo.MIS(low=1.0, high=1.0)) == ([1.0, 0.0, 0.0], [0, 3, 3])
+    assert weights(cppo.MIS(scope="sequence", low=1.0, high=1.0)) == ([1.0, 1.0, 1.0], [0, 0, 0])
+    assert weights(cppo.GeometricMask(low=1.0, high=1.0)) == ([1.0, 1.0, 1.0], [0, 0, 0])
+    assert weights(cppo.GeometricMask(low=1.001, high=2.0)) == ([0.0, 0.0, 0.0], [3, 3, 3])
+    assert weights((cppo.TIS(cap=1.5), cppo.MIS(low=1.0, high=2.5))) == ([1.0, 1.5 * two, 0.0], [0, 0, 3])
+
+
+def test_a_rule_that_rejects_keeps_its_cause_under_a_correction():
+    response = dataclasses.replace(measured([0.5, 0.0, 0.0, 0.0]), proximal_logp=(-2.0, -2.0, -2.5, -9.0))
+    batch = padded([response])
+    method = dataclasses.replace(PLAIN, delta_b=0.25)
+    assert batch.decide(method).rejected_by.tolist() == [[1, 0, 0, 0]]
+    assert batch.decide(method, cppo.MIS(low=0.5)).rejected_by.tolist() == [[1, 0, 0, 3]]
+    soft = batch.decide(dataclasses.replace(method, gate="soft"), cppo.MIS(low=0.5))
+    assert soft.gate.tolist() == [[0.5, 1.0, 1.0, 0.0]]
+    assert soft.rejected_by.tolist() == [[1, 0, 0, 3]]
+
+
 # ---------------------------------------------------------------- lengths
 
 
@@ -241,7 +417,9 @@ def test_trace_is_zero_outside_the_response():
 def test_a_batch_without_tokens_has_loss_zero(method, shape, reduction):
     logp = torch.full(shape, float("nan"), requires_grad=True)
     mask = torch.zeros(shape, dtype=torch.bool)
-    out = cppo.policy_loss(method, logp, torch.zeros(shape), torch.ones(shape[0]), mask, reduction=reduction)
+    named = {"rollout_entropy": torch.zeros(shape)} if takes_entropy(method) else {}
+    named |= {"proximal_logp": torch.zeros(shape), "correction": cppo.GeometricMask()}
+    out = cppo.policy_loss(method, logp, torch.zeros(shape), torch.ones(shape[0]), mask, reduction=reduction, **named)
     out.loss.backward()
     assert out.loss.item() == 0
     assert logp.grad.shape == shape
@@ -259,7 +437,9 @@ def test_a_batch_without_tokens_has_loss_zero(method, shape, reduction):
 def test_a_packed_batch_without_tokens_has_loss_zero(method, lengths):
     logp = torch.zeros(0, requires_grad=True)
     for mask in (None, torch.zeros(0, dtype=torch.bool)):
-        out = cppo.policy_loss(method, logp, torch.zeros(0), torch.ones(len(lengths)), mask, lengths=lengths)
+        named = {"rollout_entropy": torch.zeros(0)} if takes_entropy(method) else {}
+        named |= {"proximal_logp": torch.zeros(0), "correction": cppo.TIS(scope="sequence"), "lengths": lengths}
+        out = cppo.policy_loss(method, logp, torch.zeros(0), torch.ones(len(lengths)), mask, **named)
         out.loss.backward()
         assert out.loss.item() == 0
         assert logp.grad.shape == (0,)
@@ -272,10 +452,10 @@ def test_a_packed_batch_without_tokens_has_loss_zero(method, lengths):
 @pytest.mark.parametrize("method", EVERY_METHOD, ids=lambda m: type(m).__name__)
 def test_empty_responses_anywhere_change_nothing(method):
     full = [
-        Response((-0.4, -2.0, -0.3), (-1.0, -1.9, -0.6), (1.0,) * 3),
-        Response((-0.1, -0.2), (-0.5, -0.1), (-0.5,) * 2),
+        Response((-0.4, -2.0, -0.3), (-1.0, -1.9, -0.6), (1.0,) * 3, rollout_entropy=(1.0,) * 3),
+        Response((-0.1, -0.2), (-0.5, -0.1), (-0.5,) * 2, rollout_entropy=(0.5,) * 2),
     ]
-    nothing = Response((), (), ())
+    nothing = Response((), (), (), rollout_entropy=())
     wanted, gradient = packed(full).loss(method, reduction="sequence-mean")
     for arrangement in ((0, 1, 1), (1, 0, 1), (1, 1, 0), (0, 1, 0, 0, 1, 0)):
         rows = iter(full)

@@ -6,21 +6,73 @@
 >>> out.loss.backward()  # doctest: +SKIP
 """
 
-from .methods import CPPO, DPPO, GRPO, METHODS, Method, PolicyGradient, make_method, method_name, parse_method
-from .objective import Decision, PolicyLoss, Trace, decide, policy_loss
+from .decision import Decision, Trace
+from .methods import (
+    CISPO,
+    CORRECTIONS,
+    CPPO,
+    CTPO,
+    DPPO,
+    DRPO,
+    ESTR,
+    GMPO,
+    GRPO,
+    GSPO,
+    IPO,
+    METHODS,
+    MIS,
+    PNPO,
+    SAPO,
+    TIS,
+    TRM,
+    Correction,
+    GeometricMask,
+    IcePop,
+    Method,
+    MinPRO,
+    PolicyGradient,
+    TRMAvg,
+    TRMMax,
+    make_method,
+    method_name,
+    parse_method,
+)
+from .objective import PolicyLoss, decide, policy_loss
+from .ops.context_parallel import ContextParallel
 from .ops.divergence import binary_kl, binary_tv, exact_kl, exact_tv, topk_kl, topk_tv
+from .ops.gates import sigmoid_gate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CISPO",
+    "CORRECTIONS",
     "CPPO",
+    "CTPO",
     "DPPO",
+    "DRPO",
+    "ESTR",
+    "GMPO",
     "GRPO",
+    "GSPO",
+    "IPO",
     "METHODS",
+    "MIS",
+    "PNPO",
+    "SAPO",
+    "TIS",
+    "TRM",
+    "ContextParallel",
+    "Correction",
     "Decision",
+    "GeometricMask",
+    "IcePop",
     "Method",
+    "MinPRO",
     "PolicyGradient",
     "PolicyLoss",
+    "TRMAvg",
+    "TRMMax",
     "Trace",
     "binary_kl",
     "binary_tv",
@@ -31,6 +83,7 @@ __all__ = [
     "method_name",
     "parse_method",
     "policy_loss",
+    "sigmoid_gate",
     "topk_kl",
     "topk_tv",
 ]

@@ -7,14 +7,16 @@ import inspect as python_inspect
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from cppo.methods import METHODS
+from cppo.methods import CORRECTIONS, METHODS, SETTINGS, Setting
 
 app = typer.Typer(
     help="CPPO and the trust regions it is compared with, on models from a laptop's up.",
@@ -136,29 +138,72 @@ def evaluate_command(
         )
 
 
-@app.command(epilog="Examples:  cppo methods  |  cppo methods cppo  |  cppo methods --json")
+@app.command(epilog="Examples:  cppo methods  |  cppo methods trm_max  |  cppo methods --json")
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One method or correction, in full.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the trust regions, their rules and their knobs."""
-    if name is not None and name not in METHODS:
-        raise ValueError(f"method {name!r}: expected one of {', '.join(METHODS)}")
-    chosen = METHODS if name is None else {name: METHODS[name]}
-    knobs = {key: {f.name: f.default for f in dataclasses.fields(kind)} for key, kind in chosen.items()}
+    """List the trust regions: rule, statistic, scope, knobs with defaults, sources, and the published settings."""
+    kinds: dict[str, type] = METHODS | CORRECTIONS
+    if name is not None and name not in kinds:
+        raise ValueError(f"method {name!r}: expected one of {', '.join(kinds)}")
+    chosen = kinds if name is None else {name: kinds[name]}
+    settings = {key: [s for s in SETTINGS if s.spec.partition("?")[0] == key] for key in chosen}
     if as_json:
-        docs = {key: python_inspect.getdoc(kind) for key, kind in chosen.items()}
-        print(json.dumps({key: {"doc": docs[key], "knobs": knobs[key]} for key in chosen}, indent=2))
-    elif name is not None:
+        print(json.dumps({key: _as_json(kind, settings[key]) for key, kind in chosen.items()}, indent=2))
+        return
+    console = _console(stderr=False)
+    if name is not None:
         print(f"{name}\n\n{python_inspect.getdoc(chosen[name])}")
-    else:
-        table = Table(box=None, pad_edge=False)
-        for heading in ("method", "what it is", "knobs (default)"):
-            table.add_column(heading, overflow="fold")
-        for key, kind in chosen.items():
-            defaults = ", ".join(f"{knob}={value}" for knob, value in knobs[key].items())
-            table.add_row(key, (python_inspect.getdoc(kind) or "").splitlines()[0], defaults)
-        _console(stderr=False).print(table)
+        if settings[name]:
+            console.print()
+            console.print(_settings_table(settings[name]))
+        return
+    console.print(_family_table("method", METHODS))
+    console.print()
+    console.print(_family_table("correction", CORRECTIONS))
+    console.print("\nPublished settings (--method takes the specs of methods)\n", markup=False)
+    console.print(_settings_table(SETTINGS))
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """Return each knob's default; the text "required" where no published value is known."""
+    missing = dataclasses.MISSING
+    return {f.name: "required" if f.default is missing else f.default for f in dataclasses.fields(kind)}
+
+
+def _as_json(kind: Any, settings: Sequence[Setting]) -> dict[str, Any]:
+    return {
+        "doc": python_inspect.getdoc(kind),
+        **dataclasses.asdict(kind.summary),
+        "knobs": _defaults(kind),
+        "settings": [dataclasses.asdict(setting) for setting in settings],
+    }
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _family_table(heading: str, kinds: Mapping[str, Any]) -> Table:
+    table = _table(heading, "rule", "statistic", "scope", "knobs (default)", "source")
+    for key, kind in kinds.items():
+        knobs = ", ".join(f"{knob}={value}" for knob, value in _defaults(kind).items())
+        summary = kind.summary
+        cells = (key, summary.rule, summary.statistic, summary.scope, knobs, summary.source)
+        table.add_row(*(Text(cell) for cell in cells))  # Text: brackets are no markup
+    return table
+
+
+def _settings_table(settings: Sequence[Setting]) -> Table:
+    table = _table("setting", "spec", "source")
+    table.columns[1].no_wrap = True  # to be copied
+    for setting in settings:
+        table.add_row(*(Text(cell) for cell in dataclasses.astuple(setting)))
+    return table
 
 
 def _quieten_frameworks() -> None:

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .methods import BINARY_DIVERGENCES, METHODS, Method
+from .methods import CORRECTIONS, METHODS, SAMPLED_DIVERGENCES, Correction, Method
+from .ops.context_parallel import ContextParallel
+from .ops.gates import check_gate
 from .ops.layout import Layout, PackedLayout, PaddedLayout
 from .ops.masking import bit_mask, finite_bits, zero_outside_
 from .ops.reduction import REDUCTIONS
@@ -22,39 +24,48 @@ class Batch:
     """Checked, detached inputs in one floating dtype."""
 
     logp: Tensor  # token-shaped
-    rollout_logp: Tensor  # token-shaped
+    rollout_logp: Tensor  # token-shaped: mu, as the sampler computed it
+    anchor_logp: Tensor  # token-shaped: what ratio and divergence are taken to: mu, or the proximal policy if corrected
     advantages: Tensor  # broadcasts against token-shaped; finite, 0 where they were not
     advantages_bits: Tensor  # like advantages: all bits one where it was finite
     divergence: Tensor | None  # token-shaped
+    rollout_entropy: Tensor | None  # token-shaped
+    corrections: tuple[Correction, ...]
     layout: Layout
     dtype: torch.dtype
 
     def tokens(self) -> Tokens:
         """Return the tokens that can be judged, and their log-ratios."""
-        log_ratio = self.logp - self.rollout_logp
+        log_ratio = self.logp - self.anchor_logp
+        log_mismatch = self.anchor_logp - self.rollout_logp if self.corrections else None
+        others = [tensor for tensor in (self.divergence, self.rollout_entropy, log_mismatch) if tensor is not None]
         bits = bit_mask(self.layout.mask, self.dtype)
         # On a CPU one sum tells whether there is anything to look for; elsewhere asking would stall the device.
         total = zero_outside_(log_ratio, bits).sum()
-        if (
-            total.device.type == "cpu"
-            and self.divergence is None
-            and math.isfinite(total)
-            and self.advantages_bits.all()
-        ):
+        if total.device.type == "cpu" and not others and math.isfinite(total) and self.advantages_bits.all():
             return Tokens(bits, log_ratio)
         bits.bitwise_and_(finite_bits(log_ratio)).bitwise_and_(self.advantages_bits)
-        if self.divergence is not None:
-            bits.bitwise_and_(finite_bits(self.divergence))
-        return Tokens(bits, zero_outside_(log_ratio, bits))
+        for tensor in others:
+            bits.bitwise_and_(finite_bits(tensor))
+        if log_mismatch is not None:
+            zero_outside_(log_mismatch, bits)
+        return Tokens(bits, zero_outside_(log_ratio, bits), log_mismatch)
 
     def select(self, responses: slice, tokens: slice) -> Batch:
         """Return one block of the batch (see ``Layout.blocks``), as views."""
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[tokens]
+
         return Batch(
             logp=self.logp[tokens],
             rollout_logp=self.rollout_logp[tokens],
+            anchor_logp=self.anchor_logp[tokens],
             advantages=self.advantages[tokens],
             advantages_bits=self.advantages_bits[tokens],
-            divergence=None if self.divergence is None else self.divergence[tokens],
+            divergence=part(self.divergence),
+            rollout_entropy=part(self.rollout_entropy),
+            corrections=self.corrections,
             layout=self.layout.select(responses, tokens),
             dtype=self.dtype,
         )
@@ -62,10 +73,11 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokens:
-    """What can be judged of a batch: response tokens whose log-probs, advantage and given divergence are finite."""
+    """What can be judged of a batch: response tokens of which every number given is finite."""
 
     bits: Tensor  # token-shaped: all bits one at such a token, else zero (see ops.masking)
-    log_ratio: Tensor  # log rho_t = logp - rollout_logp; 0 at the others
+    log_ratio: Tensor  # log rho_t = logp - anchor_logp; 0 at the others
+    log_mismatch: Tensor | None = None  # log B_t = anchor_logp - rollout_logp, if corrected; 0 at the others
 
     @property
     def usable(self) -> Tensor:
@@ -125,7 +137,24 @@ def _check_lengths(lengths: Tensor | Sequence[int], logp: Tensor) -> Tensor:
     return tensor.to(device=logp.device, dtype=torch.int64, non_blocking=True)
 
 
-def _build_layout(logp: Tensor, mask: Tensor | None, lengths: Tensor | Sequence[int] | None) -> Layout:
+def _build_layout(
+    logp: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | Sequence[int] | None,
+    context_parallel: ContextParallel | None,
+) -> Layout:
+    layout = _build_local_layout(logp, mask, lengths)
+    if context_parallel is None:
+        return layout
+    given: object = context_parallel
+    if not isinstance(given, ContextParallel):
+        raise TypeError(f"context_parallel: expected a ContextParallel, got {type(given).__name__}")
+    return context_parallel.shard(layout)
+
+
+def _build_local_layout(
+    logp: Tensor, mask: Tensor | None, lengths: Tensor | Sequence[int] | None
+) -> PaddedLayout | PackedLayout:
     if lengths is None:
         if logp.dim() != 2:
             raise ValueError(
@@ -151,18 +180,82 @@ def _broadcast_advantages(advantages: Tensor, layout: Layout, dtype: torch.dtype
     )
 
 
+def _check_divergence(method: Method, divergence: object, logp: Tensor) -> Tensor | None:
+    needed = getattr(method, "divergence", None)
+    if divergence is None:
+        if needed is not None and needed not in SAMPLED_DIVERGENCES:
+            raise ValueError(
+                f"divergence: {type(method).__name__}(divergence={needed!r}) needs the measured token-shaped tensor "
+                f"{list(logp.shape)}, got None"
+            )
+        return None
+    tensor = _check_floating("divergence", divergence).detach()
+    if needed is None:
+        raise ValueError(f"divergence: {type(method).__name__} uses none, got a tensor")
+    _check_like("divergence", tensor, logp)
+    return tensor
+
+
+def _check_entropy(method: Method, rollout_entropy: object, logp: Tensor) -> Tensor | None:
+    needed = "rollout_entropy" in method.summary.needs
+    if rollout_entropy is None:
+        if needed:
+            raise ValueError(
+                f"rollout_entropy: {type(method).__name__} needs the rollout policy's entropy at each token (nats, "
+                f"{list(logp.shape)}), which the sampled tokens' log-probs do not tell, got None"
+            )
+        return None
+    tensor = _check_floating("rollout_entropy", rollout_entropy).detach()
+    if not needed:
+        raise ValueError(f"rollout_entropy: {type(method).__name__} uses none, got a tensor")
+    _check_like("rollout_entropy", tensor, logp)
+    return tensor
+
+
+def _check_corrections(
+    correction: Correction | Sequence[Correction] | None, proximal_logp: object, logp: Tensor
+) -> tuple[tuple[Correction, ...], Tensor | None]:
+    corrections = () if correction is None else correction if isinstance(correction, list | tuple) else (correction,)
+    for one in corrections:
+        if type(one) not in CORRECTIONS.values():
+            raise TypeError(
+                f"correction={one!r}: expected one of {', '.join(c.__name__ for c in CORRECTIONS.values())}"
+            )
+    if proximal_logp is None:
+        if corrections:
+            raise ValueError(
+                f"proximal_logp: {type(corrections[0]).__name__} weighs by the trainer's recomputed policy over the "
+                "sampler's and needs the former's log-probs, got None; of two policies alone every weight is 1"
+            )
+        return (), None
+    tensor = _check_floating("proximal_logp", proximal_logp).detach()
+    if not corrections:
+        raise ValueError(
+            "proximal_logp: expected correction= with it (a method alone takes its ratio to rollout_logp), got a tensor"
+        )
+    _check_like("proximal_logp", tensor, logp)
+    return tuple(corrections), tensor
+
+
 def check_batch(
     method: Method,
     logp: Tensor,
     rollout_logp: Tensor,
     advantages: Tensor,
     response_mask: Tensor | None,
-    lengths: Tensor | Sequence[int] | None,
-    divergence: Tensor | None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    divergence: Tensor | None = None,
+    rollout_entropy: Tensor | None = None,
+    proximal_logp: Tensor | None = None,
+    correction: Correction | Sequence[Correction] | None = None,
+    context_parallel: ContextParallel | None = None,
 ) -> Batch:
     """Check the arguments of ``decide`` and bring them into one form; errors name argument, value, expectation."""
     if type(method) not in METHODS.values():
         raise TypeError(f"method={method!r}: expected one of {', '.join(c.__name__ for c in METHODS.values())}")
+    if callable(gate := getattr(method, "gate", None)):
+        check_gate(gate)
     logp = _check_floating("logp", logp).detach()
     if rollout_logp is None:
         raise ValueError("rollout_logp: expected the sampler's log-probs, got None; the ratio and D need both policies")
@@ -171,28 +264,25 @@ def check_batch(
     advantages = _check_floating("advantages", advantages).detach()
     if advantages.device != logp.device:
         raise ValueError(f"advantages: expected logp's device {logp.device}, got {advantages.device}")
-    needed = getattr(method, "divergence", None)
-    if needed is None or divergence is None:
-        if needed is not None and needed not in BINARY_DIVERGENCES:
-            raise ValueError(
-                f"divergence: {type(method).__name__}(divergence={needed!r}) needs the measured token-shaped tensor "
-                f"{list(logp.shape)}, got None"
-            )
-    else:
-        divergence = _check_floating("divergence", divergence).detach()
-        _check_like("divergence", divergence, logp)
-    if needed is None and divergence is not None:
-        raise ValueError(f"divergence: {type(method).__name__} uses none, got a tensor")
-    dtype = torch.promote_types(torch.promote_types(logp.dtype, rollout_logp.dtype), torch.float32)
+    divergence = _check_divergence(method, divergence, logp)
+    rollout_entropy = _check_entropy(method, rollout_entropy, logp)
+    corrections, proximal_logp = _check_corrections(correction, proximal_logp, logp)
+    dtype = torch.float32
+    for tensor in (logp, rollout_logp, *(() if proximal_logp is None else (proximal_logp,))):
+        dtype = torch.promote_types(dtype, tensor.dtype)
     mask = None if response_mask is None else _check_mask(response_mask, logp)
-    layout = _build_layout(logp, mask, lengths)
+    layout = _build_layout(logp, mask, lengths, context_parallel)
     advantages = _broadcast_advantages(advantages, layout, dtype)
+    rollout_logp = rollout_logp.to(dtype)
     return Batch(
         logp=logp.to(dtype),
-        rollout_logp=rollout_logp.to(dtype),
+        rollout_logp=rollout_logp,
+        anchor_logp=rollout_logp if proximal_logp is None else proximal_logp.to(dtype),
         advantages=advantages.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0),
         advantages_bits=finite_bits(advantages),
         divergence=None if divergence is None else divergence.to(dtype),
+        rollout_entropy=None if rollout_entropy is None else rollout_entropy.to(dtype),
+        corrections=corrections,
         layout=layout,
         dtype=dtype,
     )

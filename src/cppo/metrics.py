@@ -7,19 +7,15 @@ does not exist for a method is left out. On an empty batch fractions and means a
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .decision import Decision
 from .ops.divergence import binary_tv
 from .ops.layout import accumulation_dtype
 from .ops.ratios import importance_ratio
-
-if TYPE_CHECKING:
-    from .objective import Decision
-
-PREFIX_BUDGET = 2  # the code in Decision.rejected_by
+from .rules import PREFIX_BUDGET
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,8 +59,11 @@ def decision_metrics(decision: Decision) -> dict[str, Tensor]:
     - ``gate/budget_share``: among rejected tokens, those that only the prefix budget rejects.
     - ``divergence/mean``, ``divergence/max``: the method's D_t. ``divergence/probability_gap``: mean |pi - mu| of the
       sampled tokens, for every method, so that methods compare.
+    - ``gate/accepted_responses``: among responses, those that a method which drops whole ones keeps.
+    - ``correction/mean``: mean of W_t, where the engine mismatch is corrected.
     - ``account/delta_b``: mean over responses of the budget in force; ``account/overdrawn_fraction``: U_{t-1} < 0.
-    - ``ratio/mean``, ``ratio/max``, ``ratio/kl_k3``: rho and the estimator rho - 1 - log rho of KL(mu || pi).
+    - ``ratio/mean``, ``ratio/max``, ``ratio/kl_k3``: rho and the estimator rho - 1 - log rho of KL(mu || pi); with a
+      correction rho = pi / q.
     - ``input/tokens``, ``input/responses``: what was judged. ``input/nonfinite``: response tokens with a NaN or
       infinite log-prob, advantage or divergence; ``input/first_nonfinite``: flat index of the first, or -1.
     """
@@ -79,7 +78,7 @@ def tally(decision: Decision) -> Tally:
     tokens = batch.tokens()
     usable, log_ratio = tokens.usable, tokens.log_ratio
     count = mask.sum()
-    responses = batch.layout.lengths > 0
+    responses = batch.layout.leads
     broken = mask & ~usable
     rejected = (decision.rejected_by > 0) & usable
     positive, negative = usable & (batch.advantages > 0), usable & (batch.advantages < 0)
@@ -102,6 +101,10 @@ def tally(decision: Decision) -> Tally:
     if trace.divergence is not None:
         sums["divergence/mean"] = (trace.divergence.sum(), count)
         peaks["divergence/max"] = _max(trace.divergence)
+    if trace.accepted is not None:
+        sums["gate/accepted_responses"] = ((trace.accepted & responses).sum(), responses.sum())
+    if trace.correction is not None:
+        sums["correction/mean"] = (trace.correction.sum(), count)
     if trace.prior_account is not None and trace.delta_b is not None:
         sums["gate/budget_share"] = ((decision.rejected_by == PREFIX_BUDGET).sum(), rejected.sum())
         sums["account/delta_b"] = (torch.where(responses, trace.delta_b, 0).sum(), responses.sum())

@@ -119,32 +119,70 @@ def closed_form_gradient(trainer, micro_batches, weights, rollout_logp=None):
 
 def relative_error(found, expected):
     scale = max(value.abs().max() for value in expected.values())
-    return max((found[name] - expected[name]).abs().max() for name in expected) / scale
+    distance = max((found[name] - expected[name]).abs().max() for name in expected)
+    return distance / scale if scale > 0 else distance  # where everything is rejected, exactly 0 is expected
 
 
 METHODS = {
     "cppo": cppo.CPPO(delta=0.02, delta_b=0.002),
     "cppo fixed kl": cppo.CPPO(delta=0.005, delta_b=0.001, budget="fixed", divergence="binary_kl", ratio_cap=1.1),
     "cppo soft": cppo.CPPO(delta=0.02, delta_b=0.002, gate="soft"),
+    "cppo sigmoid": cppo.CPPO(delta=0.02, delta_b=0.002, gate=cppo.sigmoid_gate),
     "cppo shuffled": cppo.CPPO(delta=0.02, delta_b=0.002, position="shuffled", w_min=0.2),
     "dppo": cppo.DPPO(delta=0.02),
+    "dppo low": cppo.DPPO(delta=1.0, delta_low=0.02),  # only A < 0 can be rejected
+    "ipo": cppo.IPO(delta=0.02),
+    "drpo": cppo.DRPO(delta=0.05),
+    "trm": cppo.TRM(max_threshold=0.2, avg_threshold=0.06),
+    "trm k2 k3": cppo.TRM(max_threshold=0.8, avg_threshold=0.3, divergence="k2", avg_divergence="k3"),
+    "trm max": cppo.TRMMax(max_threshold=0.2),
+    "trm avg": cppo.TRMAvg(avg_threshold=0.06),
     "grpo": cppo.GRPO(clip_low=0.05, clip_high=0.07),
+    "grpo dual": cppo.GRPO(clip_low=1.0, clip_high=99.0, dual_clip=1.02),  # only the dual clip can reject
+    "cispo": cppo.CISPO(cap=1.05, floor=0.95),
+    "minpro": cppo.MinPRO(clip_low=0.1, clip_high=0.07, ratio_cap=1.05),
+    "gspo": cppo.GSPO(clip_low=0.01, clip_high=0.01),
+    "sapo": cppo.SAPO(tau_pos=3.0, tau_neg=4.0),
+    "gmpo": cppo.GMPO(log_clip_low=0.05, log_clip_high=0.05),
+    "pnpo": cppo.PNPO(),
+    "ctpo": cppo.CTPO(epsilon=0.05),
     "policy gradient": cppo.PolicyGradient(),
+    "policy gradient capped": cppo.PolicyGradient(ratio_cap=1.05),
 }
+REJECT_NOTHING = (cppo.CISPO, cppo.SAPO, cppo.DRPO, cppo.PNPO, cppo.PolicyGradient)
+
+
+def test_every_method_that_the_log_probs_suffice_for_is_compared():
+    needs_more = {kind for kind in cppo.METHODS.values() if kind.summary.needs}
+    assert {type(method) for method in METHODS.values()} == set(cppo.METHODS.values()) - needs_more
+    assert needs_more == {cppo.ESTR}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_optimizer_step_has_the_closed_form_gradient(tmp_path, name):
-    trainer = make_trainer(tmp_path, METHODS[name])
+    method = METHODS[name]
+    # Steps of 2 micro-batches: rollouts at steps 0 and 4; the others are off-policy, and the region must have acted.
+    steps = 6 if isinstance(method, cppo.CPPO) else 3
+    trainer = make_trainer(tmp_path, method, max_steps=steps)
     trainer.train()
-    assert len(trainer.steps) == 6
-    rejected = 0
+    assert len(trainer.steps) == steps
+    rejected, kept, beside_the_ratio = 0, 0, 0.0
     for micro_batches, gradient, weights in trainer.steps:
         expected, decisions = closed_form_gradient(trainer, micro_batches, weights)
         assert relative_error(gradient, expected) < 1e-5
-        rejected += sum(int((decision.rejected_by > 0).sum()) for decision in decisions)
-    # 6 steps of 2 micro-batches: rollouts at steps 0 and 4; the others are off-policy, and the region must have acted.
-    assert rejected > 0 or name == "policy gradient"
+        off_policy = [decision for decision in decisions if decision.batch.tokens().log_ratio.abs().max() > 1e-3]
+        for decision in off_policy:
+            rejected += int((decision.rejected_by > 0).sum())
+            kept += int((decision.gate == 1).sum())
+            tokens = decision.batch.tokens()
+            distance = (decision.coefficient - tokens.log_ratio.exp())[tokens.usable].abs().max()
+            beside_the_ratio = max(beside_the_ratio, distance.item())
+    if isinstance(method, REJECT_NOTHING):
+        assert rejected == 0
+        assert (beside_the_ratio > 0.01) == (name != "policy gradient")
+    else:
+        assert rejected > 0
+        assert kept > 0
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "bnpo"])
@@ -257,9 +295,17 @@ def test_what_cannot_work_is_refused_with_the_reason(tmp_path, overrides, messag
         make_trainer(tmp_path, cppo.CPPO(), **overrides)
 
 
-def test_a_divergence_that_trl_does_not_keep_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="topk_tv"):
-        make_trainer(tmp_path, cppo.CPPO(divergence="topk_tv"))
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (cppo.CPPO(divergence="topk_tv"), "divergence='topk_tv'.* TRL keeps only the sampled token's log-prob"),
+        (cppo.TRM(divergence="exact_kl"), "divergence='exact_kl'.* TRL keeps only the sampled token's log-prob"),
+        (cppo.ESTR(tau=1.0), "ESTR.* needs no rollout_entropy; TRL keeps only the sampled token's log-prob"),
+    ],
+)
+def test_a_method_that_needs_what_trl_does_not_keep_is_refused_with_the_reason(tmp_path, method, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, method)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ from torch import Tensor
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from cppo.methods import BINARY_DIVERGENCES, CPPO, Method
+from cppo.decision import Decision
+from cppo.methods import CPPO, SAMPLED_DIVERGENCES, Method
 from cppo.metrics import Tally, tally
-from cppo.objective import Decision, decide
+from cppo.objective import decide
 
 # "cispo" is not among them: it caps TRL's ratio, which is 1 here, at epsilon_high (0.2 by default) and would scale the
 # gradient; its normaliser is "dapo"'s.
@@ -132,10 +133,14 @@ def check_config(config: GRPOConfig, method: Method, *, engine_log_probs: bool) 
         if wrong:
             raise ValueError(f"GRPOConfig({field}={getattr(config, field)!r}): expected {expected}; {why}")
     divergence = getattr(method, "divergence", "binary_tv")
-    if divergence not in BINARY_DIVERGENCES:
+    if divergence not in SAMPLED_DIVERGENCES:
         raise ValueError(
-            f"method.divergence={divergence!r}: expected one of {', '.join(BINARY_DIVERGENCES)}; TRL keeps only the "
+            f"method.divergence={divergence!r}: expected one of {', '.join(SAMPLED_DIVERGENCES)}; TRL keeps only the "
             "sampled token's log-prob"
+        )
+    for needed in method.summary.needs:
+        raise ValueError(
+            f"method={method!r}: expected one that needs no {needed}; TRL keeps only the sampled token's log-prob"
         )
     micro_batches = (config.steps_per_generation or 1) * config.num_iterations
     if not engine_log_probs and config.gradient_accumulation_steps % micro_batches == 0:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from cppo.adapters.trl import TrustRegionTrainer
+from cppo.decision import Decision
 from cppo.lab.ledger import CpuLedger
 from cppo.lab.problems import Problem, Task
-from cppo.objective import Decision
 
 
 class TaskReward:

@@ -1,4 +1,4 @@
-"""The token account of one response: weights, budget, running balance, threshold (METHOD sections 2 and 4).
+"""The token account of one response: weights, budget, running balance, threshold (docs/method.md).
 
 Token t deposits delta_b w_t and spends Z_t = w_t D_t. U_t = delta_b W_t - S_t is the balance; a token may spend
 c_t = min(delta, delta + U_{t-1}): never more than delta at once, never more than delta beyond what the prefix saved.
@@ -32,9 +32,8 @@ def shuffled_position_weight(layout: Layout, w_min: float, dtype: torch.dtype, s
         dtype: dtype of the weights.
         salt: int64 ``[B]``, one number per response.
     """
-    t = layout.position(torch.float64).to(torch.int64)
-    key = _mix(t + _mix(layout.spread(salt)))
-    return _linear_weight(layout.rank(key).to(dtype), layout, w_min, dtype)
+    rank = layout.rank(lambda t, number: _mix(t + _mix(number)), salt)
+    return _linear_weight(rank.to(dtype), layout, w_min, dtype)
 
 
 def _linear_weight(index: Tensor, layout: Layout, w_min: float, dtype: torch.dtype) -> Tensor:

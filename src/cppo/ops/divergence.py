@@ -1,4 +1,4 @@
-"""Divergences D(mu, pi) between the rollout policy mu and the current policy pi at one state (METHOD section 5).
+"""Divergences D(mu, pi) between the rollout policy mu and the current policy pi at one state (docs/method.md).
 
 All compare the two policies on a partition of the vocabulary; a coarser partition gives a smaller or equal value, so
 binary <= top-K <= exact, for TV and for KL(mu || pi).
@@ -16,6 +16,11 @@ import math
 
 import torch
 from torch import Tensor
+
+from .ratios import MAX_LOG_RATIO
+
+# A divergence counts as no more than this, so that no sum of them overflows into a neighbour's.
+LARGEST_DIVERGENCE = 1e15
 
 _LOG_TINY = math.log(2.2250738585072014e-308)
 _LN2 = math.log(2.0)
@@ -214,5 +219,42 @@ def exact_kl(logp: Tensor, rollout_logp: Tensor) -> Tensor:
     return _relative_entropy_term(lm, lp).sum(-1).clamp_(min=0.0)
 
 
+@torch.no_grad()
+def sampled_k2(logp: Tensor, rollout_logp: Tensor) -> Tensor:
+    """The estimator k2 = d^2 / 2 of KL(mu || pi) from the sampled token, d = log pi(y) - log mu(y).
+
+    Biased, and symmetric in the ratio and its inverse. Source: TRM (arXiv 2512.23075), its estimator for the maximum.
+
+    Args:
+        logp: log pi(y) of the sampled token, any shape, <= 0.
+        rollout_logp: log mu(y), same shape.
+
+    Returns:
+        k2 >= 0 in nats, at most 1e15, same shape, no gradient.
+    """
+    log_ratio = _log_ratio(logp, rollout_logp)
+    return log_ratio.square().div_(2).clamp_(max=LARGEST_DIVERGENCE)
+
+
+@torch.no_grad()
+def sampled_k3(logp: Tensor, rollout_logp: Tensor) -> Tensor:
+    """The estimator k3 = rho - 1 - log rho of KL(mu || pi) from the sampled token.
+
+    Unbiased under mu, and non-negative. Source: TRM (arXiv 2512.23075), its estimator for the mean. Arguments as
+    :func:`sampled_k2`.
+
+    Returns:
+        k3 >= 0 in nats, at most 1e15, same shape, no gradient; the log-ratio counts as no more than 20.
+    """
+    log_ratio = _log_ratio(logp, rollout_logp).clamp_(max=MAX_LOG_RATIO)
+    return log_ratio.expm1().sub_(log_ratio).clamp_(min=0.0, max=LARGEST_DIVERGENCE)
+
+
+def _log_ratio(logp: Tensor, rollout_logp: Tensor) -> Tensor:
+    _check_pair(logp, rollout_logp)
+    dtype = _compute_dtype(logp, rollout_logp)
+    return logp.detach().to(dtype) - rollout_logp.detach().to(dtype)
+
+
 # Those that the sampled token's two log-probs determine.
-BINARY = {"binary_tv": binary_tv, "binary_kl": binary_kl}
+SAMPLED = {"binary_tv": binary_tv, "binary_kl": binary_kl, "k2": sampled_k2, "k3": sampled_k3}

@@ -1,20 +1,21 @@
-"""Where the tokens of a batch stand: padded ``[B, T]`` or packed ``[N]``, seen through the same five questions.
+"""Where the tokens of a batch stand: padded ``[B, T]`` or packed ``[N]``, seen through the same questions.
 
 A trust region asks of a token: which response is it in, is it a response token, at which position, what was summed
-before it, what is its response's total. Both layouts answer without a Python loop over responses and without making
-the host wait for the device. Positions count response tokens (the mask), never columns, so padding on either side,
-tool spans inside a response and batch neighbours change nothing.
+before it, what was the smallest before it, what are its response's total and its maximum. Both layouts answer without
+a Python loop over responses and without making the host wait for the device. Positions count response tokens (the
+mask), never columns, so padding on either side, tool spans inside a response and batch neighbours change nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .selection import packed_clamped_percentile, padded_clamped_percentile
+from .selection import flat_clamped_percentile, padded_clamped_percentile
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
@@ -28,6 +29,12 @@ class Layout(Protocol):
     shape: torch.Size
     mask: Tensor  # bool, token: True = the policy wrote this token
     lengths: Tensor  # int64 [B]: response tokens of each response (T in the formulas)
+    sharded: bool  # the responses are cut over ranks, which must ask the same questions in the same order
+
+    @property
+    def leads(self) -> Tensor:
+        """Bool ``[B]``: the response has tokens, and no other rank counts it."""
+        ...
 
     def blocks(self, tokens: int) -> Iterator[tuple[slice, slice]]:
         """Yield (responses, tokens) slices that cut the batch into about so many tokens each, between responses.
@@ -40,6 +47,14 @@ class Layout(Protocol):
         """Return the layout of one block."""
         ...
 
+    def token_count(self) -> Tensor:
+        """Return the number of response tokens, 0-d."""
+        ...
+
+    def response_count(self) -> Tensor:
+        """Return the number of responses that have tokens, 0-d."""
+        ...
+
     def position(self, dtype: torch.dtype) -> Tensor:
         """Return t - 1 for each response token: how many response tokens stand before it (finite elsewhere)."""
         ...
@@ -49,15 +64,33 @@ class Layout(Protocol):
         ...
 
     def total(self, values: Tensor) -> Tensor:
-        """Return the sum over each response, ``[B]``. ``values`` must be zero outside the mask."""
+        """Return the sum over each response, ``[B]``; of floats in float64. ``values`` is zero outside the mask."""
+        ...
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Return the largest value of each response, ``[B]``, 0 if empty. ``values`` >= 0, and 0 outside the mask."""
+        ...
+
+    def minimum(self, values: Tensor) -> Tensor:
+        """Return the smallest value of each response, ``[B]``, +inf if empty. ``values`` is +inf outside the mask."""
         ...
 
     def prior_sum_(self, values: Tensor) -> Tensor:
         """Return the exclusive running sum within each response. ``values`` is zero outside the mask."""
         ...
 
-    def rank(self, keys: Tensor) -> Tensor:
-        """Return each response token's 0-based rank among its response's int64 keys (undefined elsewhere)."""
+    def prior_minimum(self, values: Tensor) -> Tensor:
+        """Return the smallest of the values before each token in its response, +inf where none is.
+
+        ``values`` is +inf outside the mask, and wherever else a token should not count; never NaN.
+        """
+        ...
+
+    def rank(self, key: Callable[[Tensor, Tensor], Tensor], number: Tensor) -> Tensor:
+        """Return each response token's 0-based rank by its int64 ``key`` in its response (undefined elsewhere).
+
+        The key is a function of (t - 1, the response's number), both int64; ``number`` is ``[B]``.
+        """
         ...
 
     def clamped_percentile(self, values: Tensor, percent: int, low: float, high: float) -> Tensor:
@@ -71,10 +104,27 @@ class Layout(Protocol):
 class PaddedLayout:
     """Tokens in ``[B, T]`` with a mask; padding may be left, right or inside."""
 
+    sharded = False
+
     def __init__(self, mask: Tensor, lengths: Tensor | None = None) -> None:
         self.shape = mask.shape
         self.mask = mask
         self.lengths = mask.sum(dim=1) if lengths is None else lengths
+
+    @property
+    def leads(self) -> Tensor:
+        return self.lengths > 0
+
+    def token_count(self) -> Tensor:
+        return self.lengths.sum()
+
+    def response_count(self) -> Tensor:
+        return self.leads.sum()
+
+    def response_index(self) -> Tensor:
+        """Return the response of each place of the flattened ``[B T]``, int32."""
+        rows = torch.arange(self.shape[0], device=self.mask.device, dtype=torch.int32)
+        return rows[:, None].expand(self.shape).reshape(-1)
 
     def blocks(self, tokens: int) -> Iterator[tuple[slice, slice]]:
         rows = max(1, tokens // max(1, self.shape[1]))
@@ -92,7 +142,16 @@ class PaddedLayout:
         return per_response[:, None]
 
     def total(self, values: Tensor) -> Tensor:
-        return values.sum(dim=1)
+        if not values.is_floating_point() or not self.shape[1]:
+            return values.sum(dim=1, dtype=_sum_dtype(values))
+        # In the order of the tokens, so that on a CPU padding changes no bit, as it would in a sum by halves.
+        return values.cumsum(dim=1, dtype=_sum_dtype(values))[:, -1]
+
+    def maximum(self, values: Tensor) -> Tensor:
+        return values.amax(dim=1) if self.shape[1] else values.new_zeros(self.shape[0])
+
+    def minimum(self, values: Tensor) -> Tensor:
+        return values.amin(dim=1) if self.shape[1] else values.new_full(self.shape[:1], math.inf)
 
     def prior_sum_(self, values: Tensor) -> Tensor:
         shifted = torch.zeros_like(values)
@@ -100,12 +159,23 @@ class PaddedLayout:
             torch.cumsum(values[:, :-1], dim=1, out=shifted[:, 1:])
         return shifted
 
-    def rank(self, keys: Tensor) -> Tensor:
+    def prior_minimum(self, values: Tensor) -> Tensor:
+        shifted = torch.full_like(values, math.inf)
+        if self.shape[1] > 1:
+            shifted[:, 1:] = values[:, :-1].cummin(dim=1).values
+        return shifted
+
+    def rank(self, key: Callable[[Tensor, Tensor], Tensor], number: Tensor) -> Tensor:
+        keys = key(self.position(torch.float64).to(torch.int64), self.spread(number))
         order = torch.where(self.mask, keys, torch.iinfo(keys.dtype).max).argsort(dim=1, stable=True)
         return order.argsort(dim=1)
 
     def clamped_percentile(self, values: Tensor, percent: int, low: float, high: float) -> Tensor:
         return padded_clamped_percentile(values, self.mask, self.lengths, percent, low, high)
+
+
+def _sum_dtype(values: Tensor) -> torch.dtype:
+    return accumulation_dtype(values.device) if values.is_floating_point() else values.dtype
 
 
 def _rounding_error(before: Tensor, added: Tensor, after: Tensor, step: Tensor) -> Tensor:
@@ -115,6 +185,8 @@ def _rounding_error(before: Tensor, added: Tensor, after: Tensor, step: Tensor) 
 
 class PackedLayout:
     """Tokens of all responses end to end in ``[N]``, ``lengths[b]`` of them for response b; a mask may leave holes."""
+
+    sharded = False
 
     def __init__(self, segment_lengths: Tensor, tokens: int, mask: Tensor | None) -> None:
         self.shape = torch.Size([tokens])
@@ -132,6 +204,20 @@ class PackedLayout:
             mask = torch.ones(tokens, dtype=torch.bool, device=segment_lengths.device)
         self.mask = mask
         self.lengths = segment_lengths if self._dense else self.total(mask.to(torch.int64))
+
+    @property
+    def leads(self) -> Tensor:
+        return self.lengths > 0
+
+    def token_count(self) -> Tensor:
+        return self.lengths.sum()
+
+    def response_count(self) -> Tensor:
+        return self.leads.sum()
+
+    def response_index(self) -> Tensor:
+        """Return the response of each token, int32."""
+        return self.response
 
     def blocks(self, tokens: int) -> Iterator[tuple[slice, slice]]:
         first, start, end = 0, 0, 0
@@ -163,9 +249,21 @@ class PackedLayout:
         return per_response.index_select(0, self.response)
 
     def total(self, values: Tensor) -> Tensor:
-        wide = values.dtype if not values.is_floating_point() else accumulation_dtype(values.device)
-        running = values.cumsum(0, dtype=wide)
-        return (self._at(running, self._ends) - self._at(running, self._starts)).to(values.dtype)
+        values = values.to(_sum_dtype(values))
+        if not values.is_floating_point():
+            running = values.cumsum(0)
+            return self._at(running, self._ends) - self._at(running, self._starts)
+        # The sum before each response's last token, and that token: of floats, neighbours must not take digits.
+        inclusive = torch.cat([self.prior_sum_(values) + values, values.new_zeros(1)])
+        return torch.where(self._segment_lengths > 0, inclusive[self._ends - 1], 0.0)
+
+    def maximum(self, values: Tensor) -> Tensor:
+        empty = values.new_zeros(self._segment_lengths.shape)
+        return empty.scatter_reduce(0, self.response.to(torch.int64), values, "amax")
+
+    def minimum(self, values: Tensor) -> Tensor:
+        empty = values.new_full(self._segment_lengths.shape, math.inf)
+        return empty.scatter_reduce(0, self.response.to(torch.int64), values, "amin")
 
     def prior_sum_(self, values: Tensor) -> Tensor:
         if not self.shape[0]:
@@ -181,10 +279,26 @@ class PackedLayout:
         running.sub_(self.spread(running[starts]))
         return running.add_(lost.sub_(self.spread(lost[starts])))
 
-    def rank(self, keys: Tensor) -> Tensor:
+    def prior_minimum(self, values: Tensor) -> Tensor:
+        tokens = self.shape[0]
+        if not tokens:
+            return values
+        first = torch.ones(tokens, dtype=torch.bool, device=values.device)
+        torch.ne(self.response[1:], self.response[:-1], out=first[1:])
+        shifted = values.roll(1).masked_fill_(first, math.inf)
+        # A running minimum that starts anew with each response: ranks instead of values, each response's below those
+        # of the responses before it. Exact for every dtype, and no loop.
+        order = shifted.argsort(stable=True)
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(tokens, device=order.device))
+        below = self.response.to(torch.int64) * tokens
+        smallest = (rank - below).cummin(0).values + below
+        return shifted[order][smallest]
+
+    def rank(self, key: Callable[[Tensor, Tensor], Tensor], number: Tensor) -> Tensor:
+        keys = key(self.position(torch.float64).to(torch.int64), self.spread(number))
         order = torch.where(self.mask, keys, torch.iinfo(keys.dtype).max).argsort(stable=True)
         order = order[self.response[order].argsort(stable=True)]
         return order.argsort() - self.spread(self._starts)
 
     def clamped_percentile(self, values: Tensor, percent: int, low: float, high: float) -> Tensor:
-        return packed_clamped_percentile(values, self.mask, self.response, self.lengths, percent, low, high)
+        return flat_clamped_percentile(values, self.mask, self.response, self.lengths, percent, low, high)

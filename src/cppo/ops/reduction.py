@@ -40,7 +40,7 @@ def loss_denominator(
         return denominator.to(device=layout.mask.device, dtype=dtype, non_blocking=True)
     if denominator is not None:
         return torch.full((), float(denominator), dtype=dtype, device=layout.mask.device)
-    count = layout.lengths.sum() if reduction == "token-mean" else (layout.lengths > 0).sum()
+    count = layout.token_count() if reduction == "token-mean" else layout.response_count()
     return count.clamp(min=1).to(dtype)
 
 

@@ -2,10 +2,13 @@
 
 The adaptive budget is clamp(P90(D), b, 2 b). Sorting costs more than the rest of the mask together. Padded rows take
 the largest tenth (``topk``), on a CPU only in the rows that counting does not decide. Packed tokens, whose widths only
-the device knows, take a radix selection: the bits of non-negative floats sort like the floats.
+the device knows, and responses that are cut over ranks take a radix selection: the bits of non-negative floats sort
+like the floats.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -65,10 +68,18 @@ def _padded_by_topk(values: Tensor, mask: Tensor, lengths: Tensor, percent: int,
     return _interpolate(lower_value, upper_value, weight, low, high)
 
 
-def packed_clamped_percentile(
-    values: Tensor, mask: Tensor, response: Tensor, lengths: Tensor, percent: int, low: float, high: float
-) -> Tensor:
+def _alone(values: Tensor) -> Tensor:
+    return values[None]
+
+
+def flat_clamped_percentile(
+    values: Tensor, mask: Tensor, response: Tensor, lengths: Tensor, percent: int, low: float, high: float,
+    *, all_gather: Callable[[Tensor], Tensor] = _alone,
+) -> Tensor:  # fmt: skip
     """Return clamp(percentile, low, high) of each response's part of ``[N]`` values, ``[B]``; see ``Layout``.
+
+    Where other ranks hold further tokens of the same responses, ``all_gather`` returns every rank's counts,
+    ``[W, ...]``, and ``lengths`` are those of the whole responses.
 
     Each pass counts, per response, how many values fall into each of 256 bins of the next eight bits, and moves the
     origin to the bin that holds the wanted rank. A value below the origin counts in a bin before the first and one
@@ -87,6 +98,7 @@ def packed_clamped_percentile(
     for shift in range(torch.iinfo(integer).bits - _RADIX_BITS, -1, -_RADIX_BITS):
         bins = (relative >> shift).clamp_(-1, _BINS).to(torch.int32).add_(first_bin)
         counts = torch.zeros(responses * stride, dtype=torch.int32, device=values.device).index_add_(0, bins, one)
+        counts = all_gather(counts).sum(0)
         reached = counts.view(responses, stride).cumsum(1)
         digit = ((reached <= lower_rank[:, None]).sum(1) - 1).clamp_(0, _BINS - 1)
         step = digit.to(integer) << shift
@@ -96,8 +108,10 @@ def packed_clamped_percentile(
     up_to = torch.zeros(responses, dtype=torch.int32, device=values.device).index_add_(
         0, response, (relative <= 0).to(torch.int32)
     )
+    up_to = all_gather(up_to).sum(0)
     above = torch.where(relative > 0, bits, beyond)
     successor = torch.full_like(origin, beyond).scatter_reduce_(0, response.to(torch.int64), above, "amin")
+    successor = all_gather(successor).amin(0)
     upper = torch.where(up_to > upper_rank, origin, successor)
     result = _interpolate(origin.view(values.dtype), upper.view(values.dtype), weight, low, high)
     return torch.where(lengths > 0, result, low)

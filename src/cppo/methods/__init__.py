@@ -1,0 +1,103 @@
+"""The trust regions, one frozen dataclass a method. No torch here: a configuration can be read anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from cppo.specs import parse_spec
+
+from .checks import DIVERGENCES, ESTIMATORS, SAMPLED_DIVERGENCES, Divergence, Summary
+from .corrections import CORRECTIONS, MIS, TIS, Correction, GeometricMask, IcePop
+from .divergence_regions import CPPO, DPPO, DRPO, ESTR, IPO, TRM, TRMAvg, TRMMax
+from .ratio_regions import CISPO, CTPO, GMPO, GRPO, GSPO, PNPO, SAPO, MinPRO, PolicyGradient
+from .settings import SETTINGS, Setting
+
+Method = (
+    CPPO | DPPO | IPO | DRPO | TRM | ESTR | GRPO | CISPO | MinPRO | GSPO | SAPO | GMPO | PNPO | CTPO | PolicyGradient
+)
+
+METHODS: dict[str, type[Method]] = {
+    "cppo": CPPO,
+    "dppo": DPPO,
+    "ipo": IPO,
+    "drpo": DRPO,
+    "trm_max": TRMMax,
+    "trm_avg": TRMAvg,
+    "trm": TRM,
+    "estr": ESTR,
+    "grpo": GRPO,
+    "cispo": CISPO,
+    "minpro": MinPRO,
+    "gspo": GSPO,
+    "sapo": SAPO,
+    "gmpo": GMPO,
+    "pnpo": PNPO,
+    "ctpo": CTPO,
+    "policy_gradient": PolicyGradient,
+}
+
+
+def make_method(name: str, **knobs: Any) -> Method:
+    """Return the method of that name with those knobs; one clear error for an unknown name or knob."""
+    if name not in METHODS:
+        raise ValueError(f"method={name!r}: expected one of {', '.join(METHODS)}")
+    fields = dataclasses.fields(METHODS[name])
+    known = [field.name for field in fields]
+    for knob in knobs:
+        if knob not in known:
+            raise ValueError(f"{name} has no knob {knob!r}: expected one of {', '.join(known)}")
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.name not in knobs:
+            raise ValueError(f"{name} needs a value for {field.name!r}: no published one is known")
+    return METHODS[name](**knobs)
+
+
+def parse_method(spec: str) -> Method:
+    """Return the method written as ``name?knob=value&knob=value``, such as ``cppo?budget=fixed&delta_b=0.015``."""
+    name, knobs = parse_spec(spec)
+    return make_method(name, **knobs)
+
+
+def method_name(method: Method) -> str:
+    """Return the name under which the method's class stands in :data:`METHODS`."""
+    return next(name for name, kind in METHODS.items() if kind is type(method))
+
+
+__all__ = [
+    "CISPO",
+    "CORRECTIONS",
+    "CPPO",
+    "CTPO",
+    "DIVERGENCES",
+    "DPPO",
+    "DRPO",
+    "ESTIMATORS",
+    "ESTR",
+    "GMPO",
+    "GRPO",
+    "GSPO",
+    "IPO",
+    "METHODS",
+    "MIS",
+    "PNPO",
+    "SAMPLED_DIVERGENCES",
+    "SAPO",
+    "SETTINGS",
+    "TIS",
+    "TRM",
+    "Correction",
+    "Divergence",
+    "GeometricMask",
+    "IcePop",
+    "Method",
+    "MinPRO",
+    "PolicyGradient",
+    "Setting",
+    "Summary",
+    "TRMAvg",
+    "TRMMax",
+    "make_method",
+    "method_name",
+    "parse_method",
+]
