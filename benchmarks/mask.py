@@ -1,4 +1,4 @@
-"""Time and memory of mask + loss + gradient: this package against a plain autograd version, in one process.
+"""Time and memory of mask + loss + gradient: this package against plain autograd, and every method beside CPPO.
 
     python benchmarks/mask.py            # the table of docs/performance.md
     python benchmarks/mask.py --quick    # fewer repeats
@@ -161,7 +161,6 @@ def main():
 
 
 def print_times(repeats):
-
     print("Padded [64, 8192], float32: cppo.policy_loss + backward against plain autograd", flush=True)
     for adaptive in (False, True):
         logp, ours, theirs = padded_forms(adaptive)
@@ -184,6 +183,44 @@ def print_times(repeats):
 
             label = f"T ~ {flat.numel() // responses}, {responses} responses, {method.budget} budget"
             compare(label, ours, theirs, flat, flat.numel(), repeats)
+    print_methods(repeats)
+
+
+def print_methods(repeats):
+    """Every method's time a token beside CPPO's with a fixed budget, in both layouts, once these agree."""
+    print(
+        "Every method: padded and packed, 256 responses of about 1,000 tokens, ns/token and ratio to CPPO, fixed budget"
+    )
+    logp, rollout, advantages, mask, lengths = make_batch(256, 1600)
+    keep = mask.bool()
+    entropy = torch.rand(logp.shape, generator=torch.Generator().manual_seed(1))
+    required = {cppo.ESTR: {"tau": 1.0}, cppo.CTPO: {"epsilon": 0.1}}
+    baseline = cppo.CPPO(budget="fixed")
+    methods = [baseline, *(kind(**required.get(kind, {})) for kind in cppo.METHODS.values())]
+
+    def form(method, layout):
+        entropies = entropy if layout == "padded" else entropy[keep]
+        more = {"rollout_entropy": entropies} if isinstance(method, cppo.ESTR) else {}
+        if layout == "padded":
+            return lambda x: cppo.policy_loss(method, x, rollout, advantages, keep, **more).loss
+        return lambda x: cppo.policy_loss(method, x, rollout[keep], advantages, lengths=lengths, **more).loss
+
+    for method in methods[1:]:
+        cells = []
+        padded_gradient = gradient(form(method, "padded"), logp)
+        packed_gradient = gradient(form(method, "packed"), logp[keep])
+        wrong = ((padded_gradient[keep] - packed_gradient).abs() > 1e-5 * packed_gradient.abs().max()).float().mean()
+        if wrong > 1e-4:
+            print(f"{cppo.method_name(method):16s} WRONG: the layouts disagree at {wrong:.1e} of the tokens; no time")
+            continue
+        for layout in ("padded", "packed"):
+            leaf = (logp if layout == "padded" else logp[keep]).clone().requires_grad_()
+            mine, base = form(method, layout), form(baseline, layout)
+            pairs = [(cpu_seconds(mine, leaf), cpu_seconds(base, leaf)) for _ in range(repeats + 1)][1:]
+            seconds = statistics.median(pair[0] for pair in pairs)
+            ratio = statistics.median(a / b for a, b in pairs)
+            cells.append(f"{layout} {seconds * 1e9 / leaf.numel():6.1f}  {ratio:5.2f}")
+        print(f"{cppo.method_name(method):16s} " + "    ".join(cells), flush=True)
 
 
 if __name__ == "__main__":

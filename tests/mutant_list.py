@@ -223,7 +223,7 @@ MUTANTS = [
         (
             "gates may be infinite",
             '("a finite value", ~g.isfinite())',
-            '("a finite value", g != g + 0 * x.clamp(max=1))',
+            '("a finite value", g == -7)',
         ),
         ("lower clip of one", "or clip_low >= 1 else", "or clip_low > 1 else"),
     ),

@@ -36,6 +36,7 @@ class Case:
     zigzag: bool = False
     reduction: str = "token-mean"
     seed: int = 0
+    correction: object = None
 
     def chunks(self, world):
         """Return the chunks of each rank, in time order."""
@@ -72,7 +73,7 @@ def take(response, where):
 def judge_locally(case, rank, world, context):
     """Return what one rank says of its own tokens: a list a row, and the gradient of the loss."""
     batch = case.local_batch(rank, world)
-    positional, named = batch.arguments(case.method)
+    positional, named = batch.arguments(case.method, case.correction)
     decision = cppo.decide(case.method, *positional, **named, context_parallel=context)
     leaf = batch.logp.clone().requires_grad_()
     out = cppo.policy_loss(

@@ -7,7 +7,7 @@ import re
 import pytest
 import ranks
 import torch
-from examples import CPPOS, OTHERS, drifting_batch, label
+from examples import CORRECTIONS, CPPOS, OTHERS, drifting_batch, label
 from layouts import Response, measured, packed, padded
 from ranks import Case, judge_locally, run_processes, run_threads, whole
 
@@ -30,15 +30,24 @@ CASES = [
         seed=index,
     )
     for index, method in enumerate(METHODS)
+] + [
+    Case(
+        cppo.GRPO(),
+        tuple(drifting_batch(seed=60 + index, lengths=LENGTHS)),
+        layout=("padded", "packed")[index % 2],
+        zigzag=index % 3 == 0,
+        seed=index,
+        correction=correction,
+    )
+    for index, correction in enumerate(CORRECTIONS)
 ]
 
 
 def uncut(case):
     """Return the uncut decision, in the form of :func:`ranks.whole`."""
     batch = padded(case.responses, per_token=True)
-    positional, named = batch.arguments(case.method)
-    decision = cppo.decide(case.method, *positional, **named)
-    out, gradient = batch.loss(case.method, **case.reduction_arguments())
+    decision = batch.decide(case.method, case.correction)
+    out, gradient = batch.loss(case.method, case.correction, **case.reduction_arguments())
     answer = {
         "gate": batch.per_response(decision.gate),
         "coefficient": batch.per_response(decision.coefficient),
@@ -80,7 +89,7 @@ def assert_same(case, world, answers):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: label(case.method))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{label(case.method)} {case.correction or ''}")
 def test_a_cut_response_gets_the_decision_of_the_uncut_one(monkeypatch, case, world):
     def job(rank, context):
         return judge_locally(case, rank, world, context(case.chunks(world)[rank]))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .methods import CORRECTIONS, METHODS, SAMPLED_DIVERGENCES, Correction, Method
+from .methods import CORRECTIONS, METHODS, Correction, Method, needed_inputs
 from .ops.context_parallel import ContextParallel
 from .ops.gates import check_gate
 from .ops.layout import Layout, PackedLayout, PaddedLayout
@@ -181,23 +181,23 @@ def _broadcast_advantages(advantages: Tensor, layout: Layout, dtype: torch.dtype
 
 
 def _check_divergence(method: Method, divergence: object, logp: Tensor) -> Tensor | None:
-    needed = getattr(method, "divergence", None)
+    kind = getattr(method, "divergence", None)
     if divergence is None:
-        if needed is not None and needed not in SAMPLED_DIVERGENCES:
+        if "divergence" in needed_inputs(method):
             raise ValueError(
-                f"divergence: {type(method).__name__}(divergence={needed!r}) needs the measured token-shaped tensor "
+                f"divergence: {type(method).__name__}(divergence={kind!r}) needs the measured token-shaped tensor "
                 f"{list(logp.shape)}, got None"
             )
         return None
     tensor = _check_floating("divergence", divergence).detach()
-    if needed is None:
+    if kind is None:
         raise ValueError(f"divergence: {type(method).__name__} uses none, got a tensor")
     _check_like("divergence", tensor, logp)
     return tensor
 
 
 def _check_entropy(method: Method, rollout_entropy: object, logp: Tensor) -> Tensor | None:
-    needed = "rollout_entropy" in method.summary.needs
+    needed = "rollout_entropy" in needed_inputs(method)
     if rollout_entropy is None:
         if needed:
             raise ValueError(

@@ -23,7 +23,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from cppo.decision import Decision
-from cppo.methods import CPPO, SAMPLED_DIVERGENCES, Method
+from cppo.methods import CPPO, Method, needed_inputs
 from cppo.metrics import Tally, tally
 from cppo.objective import decide
 
@@ -132,15 +132,11 @@ def check_config(config: GRPOConfig, method: Method, *, engine_log_probs: bool) 
     for field, wrong, expected, why in checks:
         if wrong:
             raise ValueError(f"GRPOConfig({field}={getattr(config, field)!r}): expected {expected}; {why}")
-    divergence = getattr(method, "divergence", "binary_tv")
-    if divergence not in SAMPLED_DIVERGENCES:
+    needed = needed_inputs(method)
+    if needed:
         raise ValueError(
-            f"method.divergence={divergence!r}: expected one of {', '.join(SAMPLED_DIVERGENCES)}; TRL keeps only the "
-            "sampled token's log-prob"
-        )
-    for needed in method.summary.needs:
-        raise ValueError(
-            f"method={method!r}: expected one that needs no {needed}; TRL keeps only the sampled token's log-prob"
+            f"method={method!r}: expected one that needs no {' and no '.join(needed)}; TRL keeps only the sampled "
+            "token's log-prob"
         )
     micro_batches = (config.steps_per_generation or 1) * config.num_iterations
     if not engine_log_probs and config.gradient_accumulation_steps % micro_batches == 0:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from cppo.methods import parse_method
+from cppo.methods import needed_inputs, parse_method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,12 @@ class RunConfig:
         self._check_texts()
         methods = (self.method, *self.beside)
         for method in methods:
-            parse_method(method)
+            needed = needed_inputs(parse_method(method))
+            if needed:
+                raise ValueError(
+                    f"method={method!r}: expected one that needs no {' and no '.join(needed)}; the laboratory trains "
+                    "through TRL, which keeps only the sampled token's log-prob"
+                )
         if len(set(methods)) != len(methods):
             raise ValueError(
                 f"beside={list(self.beside)}: expected methods that differ from each other and from method"

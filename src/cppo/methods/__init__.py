@@ -59,6 +59,12 @@ def parse_method(spec: str) -> Method:
     return make_method(name, **knobs)
 
 
+def needed_inputs(method: Method) -> tuple[str, ...]:
+    """Return which arguments of ``decide`` the method needs besides the sampled tokens' log-probs and advantages."""
+    measured = getattr(method, "divergence", "binary_tv") not in SAMPLED_DIVERGENCES
+    return (*(("divergence",) if measured else ()), *method.summary.needs)
+
+
 def method_name(method: Method) -> str:
     """Return the name under which the method's class stands in :data:`METHODS`."""
     return next(name for name, kind in METHODS.items() if kind is type(method))
@@ -99,5 +105,6 @@ __all__ = [
     "TRMMax",
     "make_method",
     "method_name",
+    "needed_inputs",
     "parse_method",
 ]
