@@ -842,6 +842,18 @@ MUTANTS = [
         ("broken divergences are not looked for", "and not others", "and True"),
     ),
     *_mutants(
+        "theory.py",
+        ("residual coefficient of the token itself", "4 * xi * lbar * (T - t) for t", "4 * xi * lbar * (T - t + 1) for t"),
+        ("product form without the product", "lambda beta, l_t: l_t + (1 - l_t) * beta", "lambda beta, l_t: l_t + beta"),
+        ("suffix with the token itself", "reversed(limit[1:])", "reversed(limit[:-1])"),
+        ("smallest limit", "max(c / w for c, w", "min(c / w for c, w"),
+        ("penalty of T squared", "2 * xi * T * (T - 1) * lbar * delta_b", "2 * xi * T * T * lbar * delta_b"),
+        ("monotonicity one step off", "(n - 1) * w for n", "n * w for n"),
+        ("gap of one weight", "w_min / (w * after)", "w_min / (w * w)"),
+        ("slack over all tokens", "eta * 4 * xi * lbar * (T - 1) / w_1", "eta * 4 * xi * lbar * T / w_1"),
+        ("TRM-Avg's factor", "return 2 - 2 / T", "return 2 - 1 / T"),
+    ),
+    *_mutants(
         "metrics.py",
         (
             "broken tokens count as masked",

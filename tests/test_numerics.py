@@ -174,6 +174,9 @@ def test_estimators_from_the_sampled_token_have_an_end():
         trace = cppo.decide(cppo.TRM(divergence=divergence), logp, rollout, torch.ones(1)).trace
         assert trace.divergence.tolist() == [pytest.approx(wanted, rel=1e-6)], divergence
         assert trace.max_divergence.isfinite().all()
+    named = {"rollout_entropy": torch.ones(1, 3)}
+    statistic = cppo.decide(cppo.ESTR(tau=1.0), logp, rollout, torch.ones(1), **named).trace.statistic
+    assert statistic.tolist() == [pytest.approx([1e15, 1e15, 900 / 1.01])]
 
 
 def test_the_ratio_is_evaluated_at_no_more_than_exp_20():
@@ -237,6 +240,7 @@ def test_a_token_that_is_not_finite_is_rejected_counted_and_stays_alone(method, 
         assert out.metrics["input/nonfinite"].item() == 1
         assert out.metrics["input/first_nonfinite"].item() == place
         assert all(v.isfinite() for v in out.metrics.values())
+        assert all(v.isfinite().all() for v in vars(decision.trace).values() if v is not None)
         for index in (0, 3):
             assert bad.per_response(decision.gate)[index] == laid.per_response(clean.decision.gate)[index]
             assert bad.per_response(gradient)[index] == laid.per_response(clean_gradient)[index]

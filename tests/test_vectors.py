@@ -372,6 +372,7 @@ def test_corrections_of_baselines_13_4(name):
     u, advantages = (batch.logp - proximal.log()).exp(), batch.advantages[:, None]
     clipped = -torch.minimum(u * advantages, u.clamp(0.8, 1.28) * advantages)
     assert ((weights * clipped)[mask].sum() / 9).item() == pytest.approx(printed, abs=5e-12)
+    assert out.metrics["correction/mean"].item() == pytest.approx(weights[mask].mean().item(), rel=1e-14)
 
 
 def test_the_weights_of_baselines_13_4():
