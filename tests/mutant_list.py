@@ -713,15 +713,25 @@ MUTANTS = [
     ),
     *_mutants(
         "decision.py",
-        ("gate open outside the response", "gate = zero_outside_(gate, tokens.bits)", "gate = gate.clone()"),
-        ("coefficient without the gate", "return gate, verdict.ratio * gate", "return gate, verdict.ratio.clone()"),
-        ("coefficient without the ratio", "return gate, verdict.ratio * gate", "return gate, gate.clone()"),
+        ("gate open outside the response", "return zero_outside_(gate, tokens.bits), verdict", "return gate, verdict"),
+        (
+            "coefficient without the gate",
+            "torch.mul(part, ratio, out=coefficient[where])",
+            "coefficient[where] = ratio",
+        ),
+        (
+            "coefficient without the ratio",
+            "torch.mul(part, ratio, out=coefficient[where])",
+            "coefficient[where] = part",
+        ),
         ("broken tokens without a code", "(layout.mask & ~usable) * OTHER_RULE", "(layout.mask & ~usable) * 0"),
         ("kept tokens carry a code", "(usable & ~verdict.keep) * verdict.cause()", "usable * verdict.cause()"),
         ("trace outside the response", "torch.where(layout.mask, value, 0)", "value.expand(layout.mask.shape)"),
     ),
     *_mutants(
         "objective.py",
+        ("loss without the gate", "torch.mul(gate, ratio, out=weights[where])", "weights[where].copy_(ratio)"),
+        ("loss without the ratio", "torch.mul(gate, ratio, out=weights[where])", "weights[where].copy_(gate)"),
         (
             "advantage without its sign",
             "loss_scale(block.advantages, block.layout",
@@ -843,8 +853,16 @@ MUTANTS = [
     ),
     *_mutants(
         "theory.py",
-        ("residual coefficient of the token itself", "4 * xi * lbar * (T - t) for t", "4 * xi * lbar * (T - t + 1) for t"),
-        ("product form without the product", "lambda beta, l_t: l_t + (1 - l_t) * beta", "lambda beta, l_t: l_t + beta"),
+        (
+            "residual coefficient of the token itself",
+            "4 * xi * lbar * (T - t) for t",
+            "4 * xi * lbar * (T - t + 1) for t",
+        ),
+        (
+            "product form without the product",
+            "lambda beta, l_t: l_t + (1 - l_t) * beta",
+            "lambda beta, l_t: l_t + beta",
+        ),
         ("suffix with the token itself", "reversed(limit[1:])", "reversed(limit[:-1])"),
         ("smallest limit", "max(c / w for c, w", "min(c / w for c, w"),
         ("penalty of T squared", "2 * xi * T * (T - 1) * lbar * delta_b", "2 * xi * T * T * lbar * delta_b"),

@@ -63,19 +63,19 @@ class Decision:
         return cls(method, batch, _judge(method, batch) if batch.layout.sharded else None)
 
     def parts(self) -> Iterator[tuple[Batch, slice, Tensor, Tensor]]:
-        """Yield (batch, where it stands, gate, coefficient) of parts of the batch, whole responses each.
+        """Yield (batch, where it stands, gate, what the gate multiplies) of parts of the batch, whole responses each.
 
         On a CPU in blocks, so that the intermediates take little memory, near the cache; elsewhere in one.
         """
         batch = self.batch
         if self._settled is not None:
-            yield batch, slice(None), *_gate_and_coefficient(batch, *self._settled)
+            yield batch, slice(None), *_gate_and_ratio(batch, *self._settled)
         elif batch.logp.device.type != "cpu":
-            yield batch, slice(None), *_gate_and_coefficient(batch, *_judge(self.method, batch))
+            yield batch, slice(None), *_gate_and_ratio(batch, *_judge(self.method, batch))
         else:
             for responses, tokens in batch.layout.blocks(_BLOCK_TOKENS):
                 block = batch.select(responses, tokens)
-                yield block, tokens, *_gate_and_coefficient(block, *_judge(self.method, block))
+                yield block, tokens, *_gate_and_ratio(block, *_judge(self.method, block))
 
     @functools.cached_property
     def _judged(self) -> tuple[Tensor, Tensor]:
@@ -83,8 +83,9 @@ class Decision:
         with torch.no_grad():
             gate = torch.empty(batch.layout.shape, dtype=batch.dtype, device=batch.logp.device)
             coefficient = torch.empty_like(gate)
-            for _, where, block_gate, block_coefficient in self.parts():
-                gate[where], coefficient[where] = block_gate, block_coefficient
+            for _, where, part, ratio in self.parts():
+                gate[where] = part
+                torch.mul(part, ratio, out=coefficient[where])
         return gate, coefficient
 
     @property
@@ -145,7 +146,6 @@ def _judge(method: Method, batch: Batch) -> tuple[Tokens, Verdict]:
     return tokens, judge(method, batch, tokens)
 
 
-def _gate_and_coefficient(batch: Batch, tokens: Tokens, verdict: Verdict) -> tuple[Tensor, Tensor]:
+def _gate_and_ratio(batch: Batch, tokens: Tokens, verdict: Verdict) -> tuple[Tensor, Tensor]:
     gate = as_dtype(verdict.keep, batch.dtype) if verdict.attenuation is None else verdict.attenuation
-    gate = zero_outside_(gate, tokens.bits)
-    return gate, verdict.ratio * gate
+    return zero_outside_(gate, tokens.bits), verdict.ratio

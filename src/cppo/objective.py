@@ -152,7 +152,7 @@ def policy_loss(
         total = loss_denominator(batch.layout, reduction, denominator, batch.dtype)
         weights = torch.empty(batch.layout.shape, dtype=batch.dtype, device=logp.device)
         decision = Decision.of(method, batch)
-        for block, where, _, coefficient in decision.parts():
-            scale = loss_scale(block.advantages, block.layout, reduction, total, fixed_length)
-            torch.mul(coefficient, scale, out=weights[where])
+        for block, where, gate, ratio in decision.parts():
+            part = torch.mul(gate, ratio, out=weights[where])
+            part.mul_(loss_scale(block.advantages, block.layout, reduction, total, fixed_length))
     return PolicyLoss(linear_loss(logp, weights), decision)
