@@ -101,15 +101,11 @@ class Layout(Protocol):
         ...
 
 
-class PaddedLayout:
-    """Tokens in ``[B, T]`` with a mask; padding may be left, right or inside."""
+class _WholeResponses:
+    """What a layout counts whose responses are all here, whole."""
 
     sharded = False
-
-    def __init__(self, mask: Tensor, lengths: Tensor | None = None) -> None:
-        self.shape = mask.shape
-        self.mask = mask
-        self.lengths = mask.sum(dim=1) if lengths is None else lengths
+    lengths: Tensor
 
     @property
     def leads(self) -> Tensor:
@@ -120,6 +116,15 @@ class PaddedLayout:
 
     def response_count(self) -> Tensor:
         return self.leads.sum()
+
+
+class PaddedLayout(_WholeResponses):
+    """Tokens in ``[B, T]`` with a mask; padding may be left, right or inside."""
+
+    def __init__(self, mask: Tensor, lengths: Tensor | None = None) -> None:
+        self.shape = mask.shape
+        self.mask = mask
+        self.lengths = mask.sum(dim=1) if lengths is None else lengths
 
     def response_index(self) -> Tensor:
         """Return the response of each place of the flattened ``[B T]``, int32."""
@@ -183,10 +188,8 @@ def _rounding_error(before: Tensor, added: Tensor, after: Tensor, step: Tensor) 
     return (before - (after - step)).add_(added - step)
 
 
-class PackedLayout:
+class PackedLayout(_WholeResponses):
     """Tokens of all responses end to end in ``[N]``, ``lengths[b]`` of them for response b; a mask may leave holes."""
-
-    sharded = False
 
     def __init__(self, segment_lengths: Tensor, tokens: int, mask: Tensor | None) -> None:
         self.shape = torch.Size([tokens])
@@ -204,16 +207,6 @@ class PackedLayout:
             mask = torch.ones(tokens, dtype=torch.bool, device=segment_lengths.device)
         self.mask = mask
         self.lengths = segment_lengths if self._dense else self.total(mask.to(torch.int64))
-
-    @property
-    def leads(self) -> Tensor:
-        return self.lengths > 0
-
-    def token_count(self) -> Tensor:
-        return self.lengths.sum()
-
-    def response_count(self) -> Tensor:
-        return self.leads.sum()
 
     def response_index(self) -> Tensor:
         """Return the response of each token, int32."""
