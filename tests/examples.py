@@ -88,6 +88,16 @@ def drifting_batch(seed=0, lengths=(5, 0, 1, 17, 2, 40, 3, 10, 0)):
     return responses
 
 
+def broken_batch(seed=0):
+    """Return responses with advantages a token, in which one number in ten is NaN or infinite."""
+    dice = random.Random(seed)
+
+    def break_some(values):
+        return tuple(dice.choice((math.nan, math.inf, -math.inf)) if dice.random() < 0.1 else v for v in values)
+
+    return [Response(*map(break_some, dataclasses.astuple(r))) for r in drifting_batch(seed)]
+
+
 def label(method):
     values = (getattr(v, "__name__", str(v)) for v in dataclasses.asdict(method).values())
     return "-".join([cppo.method_name(method), *values])

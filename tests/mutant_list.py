@@ -234,13 +234,23 @@ MUTANTS = [
         ("ratio without a bound", "log_ratio.clamp(max=MAX_LOG_RATIO).exp_()", "log_ratio.exp()"),
         ("ratio bounded from below too", "clamp(max=MAX_LOG_RATIO)", "clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)"),
         ("ratio bound of 10", "MAX_LOG_RATIO = 20.0", "MAX_LOG_RATIO = 10.0"),
-        ("broken tokens in a prefix's minimum", "log_ratio.masked_fill(~usable, math.inf)", "log_ratio.clone()"),
+        ("broken tokens in a prefix's minimum", "log_ratio.masked_fill(~measurable, math.inf)", "log_ratio.clone()"),
         (
             "no prefix is no ratio",
             "masked_fill_(smallest == math.inf, 0.0)",
             "masked_fill_(smallest == math.inf, -1.0)",
         ),
         ("prefix without the token itself", "layout.prior_sum_(wide).add_(wide)", "layout.prior_sum_(wide)"),
+        (
+            "prefixes in float32",
+            "wide = log_ratio.to(accumulation_dtype(log_ratio.device))",
+            "wide = log_ratio.clone()",
+        ),
+        (
+            "means in float32",
+            "return layout.total(log_ratio) / layout.lengths.clamp(min=1)",
+            "return (layout.total(log_ratio) / layout.lengths.clamp(min=1)).to(log_ratio.dtype)",
+        ),
         ("mean over one token more", "layout.lengths.clamp(min=1)", "(layout.lengths + 1)"),
     ),
     *_mutants(
@@ -252,6 +262,7 @@ MUTANTS = [
         ("token-mean over padding too", "layout.token_count()", "torch.tensor(layout.mask.numel())"),
         ("empty responses in the denominator", "layout.response_count()", "(layout.lengths >= 0).sum()"),
         ("denominator of zero", "return count.clamp(min=1)", "return count"),
+        ("a given denominator of zero", "return given.masked_fill(given == 0, 1.0)", "return given"),
         ("denominator ignored", "if denominator is not None:", "if denominator is not None and denominator is None:"),
         ("upstream gradient ignored", "(weights * upstream)", "weights.clone()"),
         ("the saved gradient is handed out", "return (weights * upstream).to", "return weights.mul_(upstream).to"),
@@ -272,6 +283,8 @@ MUTANTS = [
         ("padded minima are maxima", "values[:, :-1].cummin(dim=1)", "values[:, :-1].cummax(dim=1)"),
         ("padded maxima are minima", "values.amax(dim=1)", "values.amin(dim=1)"),
         ("padded minima are maxima on one rank", "values.amin(dim=1)", "values.amax(dim=1)"),
+        ("padded totals in float32", "values.cumsum(dim=1, dtype=_sum_dtype(values))", "values.cumsum(dim=1)"),
+        ("packed totals in float32", "values = values.to(_sum_dtype(values))", "values = values.clone()"),
         ("padded totals without the last token", "_sum_dtype(values))[:, -1]", "_sum_dtype(values))[:, -2]"),
         ("packed maxima are minima", 'values, "amax")', 'values, "amin")'),
         ("packed minima are maxima on one rank", 'values, "amin")', 'values, "amax")'),
@@ -284,9 +297,11 @@ MUTANTS = [
         ),
         (
             "packed minima run on through responses",
-            "below = self.response.to(torch.int64) * tokens",
-            "below = self.response.to(torch.int64) * 0",
+            "below = response * tokens",
+            "below = response * 0",
         ),
+        ("packed float32 minima run on through responses", "below = response << 33", "below = response * 0"),
+        ("packed float32 minima of magnitudes", "bits ^ ((bits >> 31) & 0x7FFFFFFF)", "bits.clone()"),
         ("packed minima include the token", "shifted = values.roll(1)", "shifted = values.clone()"),
         (
             "packed minima start with the neighbour's last",
@@ -464,6 +479,13 @@ MUTANTS = [
             "torch.where(keep, 1.0, gate(excess.clamp(min=1.0)).clamp(0.0, 1.0))",
             "gate(excess.clamp(min=1.0)).clamp(0.0, 1.0)",
         ),
+        ("a gate is asked within the region", "gate(excess.clamp(min=1.0)).clamp", "gate(excess).clamp"),
+        ("a gate may leave its range", "gate(excess.clamp(min=1.0)).clamp(0.0, 1.0)", "gate(excess.clamp(min=1.0))"),
+        (
+            "cause of a float32 tie",
+            "compared = spent.to(limit.dtype) if isinstance(limit, Tensor) else spent",
+            "compared = spent.clone()",
+        ),
         (
             "a gate of one's own is ignored",
             "gate = method.gate if callable(method.gate) else gates.soft_gate",
@@ -471,17 +493,21 @@ MUTANTS = [
         ),
         (
             "causes swapped",
-            "torch.where(spent <= delta, PREFIX_BUDGET, TOKEN_THRESHOLD)",
-            "torch.where(spent <= delta, TOKEN_THRESHOLD, PREFIX_BUDGET)",
+            "torch.where(compared <= delta, PREFIX_BUDGET, TOKEN_THRESHOLD)",
+            "torch.where(compared <= delta, TOKEN_THRESHOLD, PREFIX_BUDGET)",
         ),
-        ("cause of a tie", "torch.where(spent <= delta, PREFIX_BUDGET", "torch.where(spent < delta, PREFIX_BUDGET"),
+        (
+            "cause of a tie",
+            "torch.where(compared <= delta, PREFIX_BUDGET",
+            "torch.where(compared < delta, PREFIX_BUDGET",
+        ),
         (
             "a given divergence below zero",
             "clamp(min=0.0, max=LARGEST_DIVERGENCE)",
             "clamp(max=LARGEST_DIVERGENCE)",
         ),
         ("a given divergence without an end", "clamp(min=0.0, max=LARGEST_DIVERGENCE)", "clamp(min=0.0)"),
-        ("padding and broken tokens spend", "return zero_outside_(measured, tokens.bits)", "return measured"),
+        ("padding and broken tokens spend", "return zero_outside_(measured, tokens.measurable)", "return measured"),
         ("shuffle by padding too", "bits.masked_fill(~layout.mask, 0)", "bits"),
         ("shuffle seed ignored", "+ method.shuffle_seed", "+ 0 * method.shuffle_seed"),
         (
@@ -524,7 +550,7 @@ MUTANTS = [
         ("weight without the ratio (DRPO)", "importance_ratio(tokens.log_ratio).mul_(weight)", "weight"),
         (
             "the trace of padding (DRPO)",
-            "zero_outside_(binary_tv(batch.logp, batch.anchor_logp), tokens.bits)\n    outward",
+            "zero_outside_(binary_tv(batch.logp, batch.anchor_logp), tokens.measurable)\n    outward",
             "binary_tv(batch.logp, batch.anchor_logp)\n    outward",
         ),
         # TRM
@@ -545,7 +571,7 @@ MUTANTS = [
         ),
         (
             "the mean over padding",
-            "averaged = zero_outside_(SAMPLED[method.avg_divergence](batch.logp, batch.anchor_logp), tokens.bits)",
+            "averaged = zero_outside_(SAMPLED[method.avg_divergence](batch.logp, batch.anchor_logp), tokens.measurable)",
             "averaged = SAMPLED[method.avg_divergence](batch.logp, batch.anchor_logp)",
         ),
         (
@@ -565,7 +591,7 @@ MUTANTS = [
             "(tokens.log_ratio.square() / uncertainty).clamp_(max=LARGEST_DIVERGENCE)",
             "tokens.log_ratio.square() / uncertainty",
         ),
-        ("the statistic of padding", "    zero_outside_(statistic, tokens.bits)\n", ""),
+        ("the statistic of padding", "    zero_outside_(statistic, tokens.measurable)\n", ""),
     ),
     *_mutants(
         "rules/ratio_regions.py",
@@ -746,13 +772,13 @@ MUTANTS = [
         ("T without the first piece", "self._totals = counts.sum(0)", "self._totals = counts[1:].sum(0)"),
         (
             "pieces in the order of the ranks' chunks",
-            ".transpose(1, 2).reshape(-1, by_response.shape[0])",
-            ".reshape(-1, by_response.shape[0])",
+            "return gathered.transpose(1, 2).reshape(",
+            "return gathered.reshape(",
         ),
         (
             "rows in the order of the chunks",
-            "return per_response[:, None].expand(-1, self._chunks).reshape(-1)",
-            "return per_response[None].expand(self._chunks, -1).reshape(-1)",
+            "return per_response[:, None].expand(self._responses, self._chunks).reshape(-1)",
+            "return per_response[None].expand(self._chunks, self._responses).reshape(-1)",
         ),
         (
             "what stands before, in the order of the chunks",
@@ -797,8 +823,8 @@ MUTANTS = [
         ),
         (
             "shuffled by the rank's own numbers",
-            "number.reshape(-1, self._chunks)[:, 0]",
-            "0 * number.reshape(-1, self._chunks)[:, 0]",
+            "number.reshape(self._responses, self._chunks)[:, 0]",
+            "0 * number.reshape(self._responses, self._chunks)[:, 0]",
         ),
         (
             "shuffled rows mixed up",
@@ -825,10 +851,10 @@ MUTANTS = [
             "for tensor in (logp, rollout_logp, *(() if",
             "for tensor in (logp, *(() if",
         ),
-        ("broken advantages are judged", ".bitwise_and_(self.advantages_bits)", ""),
+        ("broken advantages are judged", "measurable & self.advantages_bits", "measurable"),
         ("broken advantages are not looked for", " and self.advantages_bits.all():", ":"),
-        ("broken divergences are judged", "bits.bitwise_and_(finite_bits(tensor))", "pass"),
-        ("broken mismatches are spread", "            zero_outside_(log_mismatch, bits)\n", "            pass\n"),
+        ("broken divergences are judged", "measurable.bitwise_and_(finite_bits(tensor))", "pass"),
+        ("broken mismatches are spread", "            zero_outside_(log_mismatch, measurable)\n", "            pass\n"),
         ("mismatch turned", "self.anchor_logp - self.rollout_logp if", "self.rollout_logp - self.anchor_logp if"),
         (
             "corrections judge against the sampler",
@@ -836,17 +862,23 @@ MUTANTS = [
             "anchor_logp=rollout_logp if True",
         ),
         ("blocks lose their entropy", "rollout_entropy=part(self.rollout_entropy)", "rollout_entropy=None"),
-        ("gates go unchecked", "        check_gate(gate)\n", "        pass\n"),
+        ("gates go unchecked", "            check_gate(gate)\n", "            pass\n"),
+        ("narrower than the proximal policy", "*(() if proximal_logp is None else (proximal_logp,))", "*()"),
+        (
+            "broken advantages spend nothing",
+            "bits = measurable & self.advantages_bits",
+            "bits = measurable.bitwise_and_(self.advantages_bits)",
+        ),
         (
             "padding is judged",
-            "bits = bit_mask(self.layout.mask, self.dtype)",
-            "bits = bit_mask(torch.ones_like(self.layout.mask), self.dtype)",
+            "measurable = bit_mask(self.layout.mask, self.dtype)",
+            "measurable = bit_mask(torch.ones_like(self.layout.mask), self.dtype)",
         ),
         ("log-ratio turned", "log_ratio = self.logp - self.anchor_logp", "log_ratio = self.anchor_logp - self.logp"),
         (
             "broken log-ratios are judged",
-            "bits.bitwise_and_(finite_bits(log_ratio)).bitwise_and_(",
-            "bits.bitwise_and_(",
+            "measurable.bitwise_and_(finite_bits(log_ratio))\n",
+            "pass\n",
         ),
         ("broken log-ratios are not looked for", "and math.isfinite(total)", "and True"),
         ("broken divergences are not looked for", "and not others", "and True"),
@@ -886,6 +918,22 @@ MUTANTS = [
         ("budget share of the token threshold", "decision.rejected_by == PREFIX_BUDGET", "decision.rejected_by == 1"),
         ("empty responses are accepted", "(trace.accepted & responses).sum()", "trace.accepted.sum()"),
         ("corrections unweighed", "(trace.correction.sum(), count)", "((trace.correction > 0).sum(), count)"),
+        (
+            "gap to the proximal policy",
+            "binary_tv(batch.logp, batch.rollout_logp)",
+            "binary_tv(batch.logp, batch.anchor_logp)",
+        ),
+        (
+            "zero advantages are positive",
+            "usable & (batch.advantages > 0), usable",
+            "usable & (batch.advantages >= 0), usable",
+        ),
+        ("zero advantages are negative", "usable & (batch.advantages < 0)", "usable & (batch.advantages <= 0)"),
+        (
+            "tallies of anything add up",
+            "if (self.names, self.peak_names) != (other.names, other.peak_names):",
+            "if False:",
+        ),
         ("masked fraction of the other sign", "(rejected & positive).sum()", "(rejected & negative).sum()"),
         ("overdrawn at zero", "(trace.prior_account < 0).sum()", "(trace.prior_account <= 0).sum()"),
         (

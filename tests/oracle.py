@@ -148,12 +148,12 @@ class Verdict:
 
 @dataclasses.dataclass
 class Response:
-    """One response as a rule sees it; ``log_ratio`` is 0 where a token is not usable."""
+    """One response as a rule sees it; ``log_ratio`` is 0 where a token cannot be measured."""
 
     logp: Sequence[float]
     anchor_logp: Sequence[float]
     advantages: Sequence[float]
-    usable: list[bool]
+    measurable: list[bool]
     log_ratio: list[float]
     divergence: Sequence[float] | None
     entropy: Sequence[float] | None
@@ -179,7 +179,7 @@ class Answer:
     gate: list[float] | None = None  # where every token has one
 
 
-def _usable(*numbers: float | None) -> bool:
+def _finite(*numbers: float | None) -> bool:
     return all(math.isfinite(x) for x in numbers if x is not None)
 
 
@@ -209,22 +209,25 @@ def judge(
     count = len(logp)
     anchor = proximal_logp if corrections else rollout_logp
     columns = [
-        logp, anchor, advantages, rollout_logp,
+        logp, anchor, rollout_logp,
         *(c if c is not None else [None] * count for c in (divergence, rollout_entropy)),
     ]  # fmt: skip
-    usable = [
-        _usable(p, q, a, m, d, h, p - q, q - m) if corrections else _usable(p, q, a, d, h, p - q)
-        for p, q, a, m, d, h in zip(*columns, strict=True)
+    measurable = [
+        _finite(p, q, m, d, h, p - q, q - m) if corrections else _finite(p, q, d, h, p - q)
+        for p, q, m, d, h in zip(*columns, strict=True)
     ]
-    log_ratio = [p - q if ok else 0.0 for p, q, ok in zip(logp, anchor, usable, strict=True)]
-    response = Response(logp, anchor, advantages, usable, log_ratio, divergence, rollout_entropy, position_weight)
+    # What is not finite is no advantage, but a policy has drifted all the same.
+    usable = [ok and _finite(a) for ok, a in zip(measurable, advantages, strict=True)]
+    advantages = [a if _finite(a) else 0.0 for a in advantages]
+    log_ratio = [p - q if ok else 0.0 for p, q, ok in zip(logp, anchor, measurable, strict=True)]
+    response = Response(logp, anchor, advantages, measurable, log_ratio, divergence, rollout_entropy, position_weight)
     answer = RULES[name](knobs, response)
     rejected, weight, margin = answer.rejected, answer.weight, answer.margin
     gate = answer.gate or [
         1.0 if code == KEPT else soft for code, soft in zip(rejected, answer.attenuated or [0.0] * count, strict=True)
     ]
     if corrections:
-        log_mismatch = [q - m if ok else 0.0 for q, m, ok in zip(anchor, rollout_logp, usable, strict=True)]
+        log_mismatch = [q - m if ok else 0.0 for q, m, ok in zip(anchor, rollout_logp, measurable, strict=True)]
         total = [1.0] * count
         for kind, settings in corrections:
             factors, distances = _correct(kind, settings, log_mismatch)
@@ -284,10 +287,11 @@ def k3(logp: float, rollout_logp: float) -> float:
 def _measured(response: Response, kind: str, given: Sequence[float] | None) -> list[float]:
     if given is not None:
         return [
-            min(max(d, 0.0), LARGEST_DIVERGENCE) if ok else 0.0 for d, ok in zip(given, response.usable, strict=True)
+            min(max(d, 0.0), LARGEST_DIVERGENCE) if ok else 0.0
+            for d, ok in zip(given, response.measurable, strict=True)
         ]
     measure = {"binary_tv": binary_tv, "binary_kl": binary_kl, "k2": k2, "k3": k3}[kind]
-    rows = zip(response.logp, response.anchor_logp, response.usable, strict=True)
+    rows = zip(response.logp, response.anchor_logp, response.measurable, strict=True)
     return [measure(p, m) if ok else 0.0 for p, m, ok in rows]
 
 
@@ -396,7 +400,7 @@ def _trm(knobs: dict, response: Response) -> Answer:
 
 
 def _estr(knobs: dict, response: Response) -> Answer:
-    pairs = zip(response.log_ratio, response.entropy, response.usable, strict=True)
+    pairs = zip(response.log_ratio, response.entropy, response.measurable, strict=True)
     s = [min(d * d / (max(h, 0.0) + knobs["epsilon"]), LARGEST_DIVERGENCE) if ok else 0.0 for d, h, ok in pairs]
     response.fields |= {"statistic": s, "threshold": [knobs["tau"]] * len(s)}
     clipped, gaps = _clip(response.log_ratio, response.advantages, knobs["clip_low"], knobs["clip_high"])
@@ -451,7 +455,7 @@ def _cispo(knobs: dict, response: Response) -> Answer:
 def _minpro(knobs: dict, response: Response) -> Answer:
     log_b, log_r = [], []
     for t, d in enumerate(response.log_ratio):
-        earlier = [response.log_ratio[j] for j in range(t) if response.usable[j]]
+        earlier = [response.log_ratio[j] for j in range(t) if response.measurable[j]]
         smallest = min(earlier) if earlier else 0.0
         log_b.append(min(smallest, 0.0) if knobs["cap_prefix_at_one"] else smallest)
         log_r.append(log_b[-1] + d)

@@ -37,6 +37,8 @@ class Case:
     reduction: str = "token-mean"
     seed: int = 0
     correction: object = None
+    dtype: torch.dtype = torch.float64
+    per_token: bool = True  # advantages a token, or one a row
 
     def chunks(self, world):
         """Return the chunks of each rank, in time order."""
@@ -59,10 +61,10 @@ class Case:
     def local_batch(self, rank, world):
         """Return this rank's rows as a batch of tests/layouts.py: the pieces of each response, one after the other."""
         rows = [pieces[chunk] for pieces in self.pieces(world) for chunk in self.chunks(world)[rank]]
-        # Advantages a token: an empty piece has none to give for its row.
+        same = {"per_token": self.per_token, "dtype": self.dtype}
         if self.layout == "packed":
-            return packed(rows, per_token=True, extra=self.seed % 2)
-        return padded(rows, per_token=True, side=("right", "left", "holes")[self.seed % 3], extra=rank, garbage=0.5)
+            return packed(rows, extra=self.seed % 2, **same)
+        return padded(rows, side=("right", "left", "holes")[self.seed % 3], extra=rank, garbage=0.5, **same)
 
 
 def take(response, where):
@@ -146,9 +148,9 @@ def run_threads(world, job, monkeypatch):
     """
     meeting = _Meeting(world)
     here = threading.local()
-    monkeypatch.setattr(
-        cppo.ops.context_parallel, "_all_gather", lambda values, group: meeting.all_gather(here.rank, values)
-    )
+    module = cppo.ops.context_parallel
+    monkeypatch.setattr(module, "_all_gather", lambda values, group: meeting.all_gather(here.rank, values))
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
     answers, errors = [None] * world, []
 
     def live(rank):

@@ -87,12 +87,15 @@ ipos = st.builds(cppo.IPO, delta=deltas, divergence=gaps, ratio_cap=caps)
 drpos = st.builds(cppo.DRPO, delta=st.one_of(st.just(12.5), deltas))
 widths = st.floats(0.0, 1.2)
 sampled = st.sampled_from(cppo.methods.SAMPLED_DIVERGENCES)
-trms = st.builds(
-    cppo.TRM,
-    max_threshold=deltas,
-    avg_threshold=st.one_of(st.none(), deltas),
-    divergence=st.one_of(sampled, gaps),
-    avg_divergence=st.one_of(st.none(), sampled),
+trms = st.one_of(
+    st.builds(cppo.TRM, max_threshold=deltas, divergence=st.one_of(sampled, gaps)),
+    st.builds(
+        cppo.TRM,
+        max_threshold=deltas,
+        avg_threshold=deltas,
+        divergence=st.one_of(sampled, gaps),
+        avg_divergence=st.one_of(st.none(), sampled),
+    ),
 )
 trm_criteria = st.one_of(
     st.builds(cppo.TRMMax, max_threshold=deltas, divergence=sampled),

@@ -7,10 +7,10 @@ import oracle
 import pytest
 import strategies
 import torch
-from examples import CORRECTIONS, CPPOS, OTHERS, drifting_batch, label
+from examples import CORRECTIONS, CPPOS, OTHERS, broken_batch, drifting_batch, label
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import WORKED, every_layout, takes_divergence, takes_entropy
+from layouts import WORKED, every_layout, packed, padded, takes_divergence, takes_entropy
 
 import cppo
 
@@ -154,6 +154,14 @@ def test_every_method_agrees_with_the_oracle_on_a_ragged_batch(method):
     layouts = every_layout(responses)
     for name in ("padded right", "packed with holes"):
         compare(method, responses, layouts[name])
+
+
+@pytest.mark.parametrize("correction", [(), cppo.TIS(scope="sequence")], ids=str)
+@pytest.mark.parametrize("method", CPPOS[::2] + OTHERS, ids=label)
+def test_broken_numbers_cost_what_the_oracle_says(method, correction):
+    responses = broken_batch(seed=5)
+    for batch in (padded(responses, per_token=True, side="left", extra=2), packed(responses, per_token=True)):
+        compare(method, responses, batch, correction)
 
 
 CORRECTED = [cppo.CPPO(), cppo.CPPO(gate="soft"), *OTHERS[1::5], *(m for m in OTHERS if isinstance(m, cppo.TRM))]

@@ -114,6 +114,21 @@ def test_trust_region_masking_needs_a_criterion(kind):
         kind(max_threshold=None, avg_threshold=None)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: cppo.TRMMax(avg_threshold=0.1), "TRMMax(avg_threshold=0.1): expected None; TRM takes both"),
+        (lambda: cppo.TRMAvg(max_threshold=0.1), "TRMAvg(max_threshold=0.1): expected None"),
+        (lambda: cppo.TRMMax(max_threshold=None, avg_threshold=0.1), "TRMMax(max_threshold=None): expected a number"),
+        (lambda: cppo.TRM(avg_divergence="k3"), "TRM(avg_divergence='k3'): expected None"),
+        (lambda: cppo.TRMAvg(avg_divergence="k3"), "TRMAvg(avg_divergence='k3'): expected None"),
+    ],
+)
+def test_a_criterion_alone_is_alone(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
 @pytest.mark.parametrize("value", [0, 1, "yes", None])
 def test_a_flag_is_true_or_false(value):
     message = f"MinPRO(cap_prefix_at_one={value!r}): expected True or False"
@@ -212,6 +227,13 @@ def test_make_method_names_the_known_methods_and_knobs():
     with pytest.raises(ValueError, match=re.escape("grpo has no knob 'delta': expected one of clip_low, clip_high")):
         cppo.make_method("grpo", delta=0.1)
     assert cppo.make_method("cppo", delta=0.2) == cppo.CPPO(delta=0.2)
+    with pytest.raises(
+        ValueError, match=re.escape("correction='grpo': expected one of tis, mis, icepop, geometric_mask")
+    ):
+        cppo.parse_correction("grpo")
+    with pytest.raises(ValueError, match=re.escape("tis has no knob 'low': expected one of scope, cap")):
+        cppo.parse_correction("tis?low=1")
+    assert cppo.parse_correction("tis?cap=3") == cppo.TIS(cap=3.0)
 
 
 # ---------------------------------------------------------------- decide
@@ -500,23 +522,58 @@ def test_a_gate_that_is_not_admissible_is_refused_with_the_point(gate, message):
         cppo.decide(**arguments(method=cppo.CPPO(gate=gate)))
 
 
-@pytest.mark.parametrize("gate", [lambda x: 1.0, lambda x: x.float(), lambda x: x[:3]])
+@pytest.mark.parametrize(
+    "gate",
+    [lambda x: 1.0, lambda x: cppo.sigmoid_gate(x.float()), lambda x: cppo.sigmoid_gate(x.double()), lambda x: x[:3]],
+)
 def test_what_is_no_function_of_a_tensor_is_refused(gate):
-    with pytest.raises(TypeError, match=r"gate=<.*>: expected a tensor like x \(torch.float64 \[\d+\]\), got "):
+    with pytest.raises(TypeError, match=r"gate=<.*>: expected a tensor like x \(torch.float\d+ \[\d+\]\), got "):
         cppo.decide(**arguments(method=cppo.CPPO(gate=gate)))
+
+
+def test_a_gate_is_looked_at_every_time():
+    @dataclasses.dataclass  # not hashable
+    class Gate:
+        top: float = 1.0
+
+        def __call__(self, x):
+            return self.top * cppo.sigmoid_gate(x)
+
+    gate = Gate()
+    method = cppo.CPPO(gate=gate)
+    assert cppo.decide(**arguments(method=method)).gate.all()
+    gate.top = 5.0
+    with pytest.raises(ValueError, match=r"expected g\(x\) = 1 on \[0, 1\], got g\(0\) = 5"):
+        cppo.decide(**arguments(method=method))
+
+
+def test_a_gate_is_asked_beyond_one_alone_and_held_to_its_range():
+    # Below 1 it was probed at a hundred points only; what rounds above 1 is 1.
+    asked = []
+
+    def gate(x):
+        asked.append(x)
+        return cppo.sigmoid_gate(x) * (1 + 8 * torch.finfo(x.dtype).eps)
+
+    method = cppo.CPPO(delta=0.25, budget="none", w_min=1.0, divergence="exact_tv", gate=gate)
+    divergence = torch.tensor([[0.125, 0.25, 0.25 * (1 + 2**-52)]], dtype=torch.float64)
+    logp = torch.zeros_like(divergence)
+    decision = cppo.decide(method, logp, logp - 1, torch.ones(1), divergence=divergence)
+    assert decision.rejected_by.tolist() == [[0, 0, 1]]
+    assert (asked[-1] >= 1).all()
+    assert decision.gate.max() == 1
 
 
 # ---------------------------------------------------------------- reductions
 
 REDUCTION = {
     "an unknown reduction": ({"reduction": "mean"}, "reduction='mean': expected one of token-mean, sequence-mean, fix"),
-    "a denominator of zero": ({"denominator": 0}, "denominator=0: expected a positive finite number"),
     "a negative denominator": ({"denominator": -2.0}, "denominator=-2.0: expected a positive finite number"),
     "an infinite denominator": ({"denominator": math.inf}, "denominator=inf: expected a positive finite number"),
     "no number": ({"denominator": math.nan}, "denominator=nan: expected a positive finite number"),
-    "a denominator tensor of zero": (
-        {"denominator": torch.zeros(())},
-        "denominator=tensor(0.): expected a positive finite number",
+    "a negative denominator tensor": (
+        {"denominator": torch.tensor(-1.0)},
+        "denominator=tensor(-1.): expected a positive finite number, or 0 for a batch without tokens",
     ),
     "a denominator a response": (
         {"denominator": torch.ones(2)},

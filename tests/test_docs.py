@@ -39,7 +39,7 @@ def test_every_equation_and_statement_of_the_paper_that_the_code_uses_is_on_the_
 
 
 def test_every_block_of_the_method_page_compares():
-    assert all("assert" in block for block in python_blocks("method.md") if "from cppo import theory" not in block)
+    assert all("assert" in block for block in python_blocks("method.md") if "theory = cppo.theory" not in block)
 
 
 def test_names_in_the_symbol_table_exist():

@@ -41,7 +41,7 @@ def test_a_summary_is_complete(kind):
 def test_a_published_setting_is_a_method_or_a_correction(setting):
     name, knobs = parse_spec(setting.spec)
     if name in cppo.CORRECTIONS:
-        made = cppo.CORRECTIONS[name](**knobs)
+        made = cppo.parse_correction(setting.spec)
     elif name == "estr":
         made = cppo.make_method(name, **knobs, tau=1.0)
     else:

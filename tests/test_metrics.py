@@ -5,6 +5,7 @@ import torch
 from examples import CPPOS, OTHERS, drifting_batch, label
 from layouts import NAN, Response, packed, padded
 
+import cppo
 from cppo.metrics import tally
 
 
@@ -29,6 +30,15 @@ def test_tallies_of_parts_add_up_to_the_whole(method):
         assert added.keys() == whole.keys()
         for key, value in whole.items():
             assert added[key] == pytest.approx(value, rel=1e-6), key
+
+
+def test_tallies_of_different_methods_do_not_add_up():
+    batch = padded(drifting_batch(seed=52))
+    with pytest.raises(ValueError, match="tally: expected parts that count the same"):
+        tally(batch.decide(OTHERS[0])) + tally(batch.decide(cppo.GRPO()))
+    # As many quantities, but others.
+    with pytest.raises(ValueError, match="tally: expected parts that count the same"):
+        tally(batch.decide(cppo.IPO())) + tally(batch.decide(cppo.GRPO(), cppo.TIS()))
 
 
 def test_a_part_without_tokens_weighs_nothing():

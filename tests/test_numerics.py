@@ -76,6 +76,61 @@ def test_the_account_keeps_digits_that_float32_sums_lose():
     assert torch.equal(decision.trace.prior_account[0, 1:], wanted)
 
 
+def shapes_of(*rows):
+    """Return float32 rows once padded and once packed, with the arguments that say so."""
+    return (
+        (tuple(row[None] for row in rows), {}),
+        (rows, {"lengths": [len(rows[0])]}),
+    )
+
+
+def test_means_of_a_long_response_keep_digits_that_float32_sums_lose():
+    # 4096, then 131,071 times 2**-13: beside 4096 a float32 would not feel one of them.
+    drift = torch.full((LONG,), 2.0**-13)
+    drift[0] = 4096.0
+    mean = (4096.0 + (LONG - 1) * 2.0**-13) / LONG
+    for (logp, rollout, given), layout in shapes_of(torch.zeros(LONG), -drift, drift):
+        arguments = (logp, rollout, torch.ones(1))
+        ratio = cppo.decide(cppo.GSPO(), *arguments, **layout).trace.ratio
+        assert ratio.flatten()[0].item() == pytest.approx(math.exp(mean), rel=1e-6)
+        bounds = cppo.GMPO(log_clip_low=1e4, log_clip_high=1e4)
+        assert cppo.decide(bounds, *arguments, **layout).trace.ratio.flatten()[0].item() == ratio.flatten()[0].item()
+        averaged = cppo.TRMAvg(divergence="exact_kl")
+        trace = cppo.decide(averaged, *arguments, divergence=given, **layout).trace
+        assert trace.mean_divergence.tolist() == [mean]
+        mask = cppo.GeometricMask(low=math.exp(mean - 1e-6), high=math.exp(mean + 1e-6))
+        named = {"proximal_logp": logp, "correction": mask}
+        assert cppo.decide(cppo.PolicyGradient(), *arguments, **named, **layout).trace.correction.all()
+
+
+def test_products_of_a_long_prefix_keep_digits_that_float32_sums_lose():
+    # 16, then 131,071 times 2**-21.
+    drift = torch.full((LONG,), 2.0**-21)
+    drift[0] = 16.0
+    total = 16.0 + (LONG - 1) * 2.0**-21
+    for (logp, rollout), layout in shapes_of(torch.zeros(LONG), -drift):
+        arguments = (logp, rollout, torch.ones(1))
+        last = cppo.decide(cppo.CTPO(epsilon=99.0), *arguments, **layout).trace.ratio.flatten()[-1].item()
+        assert last == pytest.approx(math.exp(total), rel=1e-6)
+        last = cppo.decide(cppo.PNPO(), *arguments, **layout).trace.ratio.flatten()[-1].item()
+        assert last == pytest.approx(math.exp(total / LONG), rel=1e-7)
+        named = {"proximal_logp": logp, "correction": cppo.TIS(scope="sequence", cap=1e9)}
+        weight = cppo.decide(cppo.PolicyGradient(), *arguments, **named, **layout).trace.correction.flatten()[0].item()
+        assert weight == pytest.approx(math.exp(total), rel=1e-6)
+
+
+@pytest.mark.parametrize("d", [0.001, 0.0017, 0.003, 0.0005])
+def test_a_mean_is_compared_with_its_bound_in_float64(d):
+    # Three tokens of float32, whose mean no float32 holds; the bound lies between the mean and its float32.
+    rollout = torch.tensor([[-d, 0.0, 0.0]])
+    mean = -rollout[0, 0].item() / 3
+    rounded = torch.tensor(mean, dtype=torch.float32).item()
+    bound = (mean + rounded) / 2
+    method = cppo.GSPO(clip_low=0.0, clip_high=math.expm1(bound))
+    decision = cppo.decide(method, torch.zeros(1, 3), rollout, torch.ones(1))
+    assert decision.gate.tolist() == [[float(mean <= bound)] * 3]
+
+
 def test_weights_of_a_long_response_run_from_one_to_w_min():
     logp, rollout = long_response()
     weight = cppo.decide(cppo.CPPO(), logp[None], rollout[None], torch.ones(1)).trace.position_weight[0]

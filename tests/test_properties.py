@@ -480,3 +480,5 @@ def test_mixed_dtypes_are_judged_in_the_widest():
     logp, rollout = torch.tensor([[-1.0]], dtype=torch.bfloat16), torch.tensor([[-1.5]], dtype=torch.float64)
     assert cppo.decide(cppo.CPPO(), logp, rollout, torch.ones(1)).gate.dtype == torch.float64
     assert cppo.decide(cppo.CPPO(), logp, rollout.half(), torch.ones(1)).gate.dtype == torch.float32
+    three = {"proximal_logp": rollout, "correction": cppo.TIS()}
+    assert cppo.decide(cppo.CPPO(), logp, rollout.half(), torch.ones(1), **three).gate.dtype == torch.float64

@@ -1,5 +1,6 @@
 """The clamped percentile of both layouts against sorted() and interpolation in plain floats."""
 
+import math
 import random
 
 import oracle
@@ -138,3 +139,21 @@ def test_padding_zeros_are_not_values():
     mask[0, 10] = mask[0, 50] = True
     answer = PaddedLayout(mask).clamped_percentile(values, 90, 0.0, 2.0)
     assert answer.item() == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_packed_prefix_minima_start_anew_with_each_response(dtype):
+    dice = random.Random(0)
+    lengths = [0, 5, 1, 0, 40, 2, 17, 0]
+    extremes = (math.inf, -1e30, 1e30, -0.0, 0.0, 1e-45, -1e-45, -1e4)
+    rows = [[dice.choice(extremes) if dice.random() < 0.3 else dice.gauss(0, 3) for _ in range(n)] for n in lengths]
+    flat = torch.tensor([x for row in rows for x in row], dtype=dtype)
+    found = PackedLayout(torch.tensor(lengths), len(flat), None).prior_minimum(flat).tolist()
+    numbers = iter(flat.tolist())
+    wanted = []
+    for n in lengths:
+        smallest = math.inf
+        for _ in range(n):
+            wanted.append(smallest)
+            smallest = min(smallest, next(numbers))
+    assert found == wanted

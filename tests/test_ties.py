@@ -61,6 +61,13 @@ def test_a_tie_of_the_cause_is_the_budget():
     assert codes(PLAIN, measured([0.25, 0.25 * (1 + 2**-52)])) == [[0, 1]]
 
 
+def test_the_cause_in_float32_is_the_comparison_that_was_made():
+    # 0.15 in float32 is above 0.15 in float64: with any budget to spare that is the token threshold's doing.
+    method = cppo.CPPO(delta=0.15, delta_b=1e3, budget="fixed", w_min=1.0, divergence="exact_tv")
+    decision = padded([measured([0.0, 0.15])], dtype=torch.float32).decide(method)
+    assert decision.rejected_by.tolist() == [[0, 1]]
+
+
 @LAYOUTS
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_the_smallest_accounts_alone_in_their_batch(layout, tokens):
@@ -298,6 +305,27 @@ def test_the_smallest_ratio_of_the_prefix_skips_nothing_else(layout):
         assert found == pytest.approx([min(b, 1.0) for b in want], rel=1e-14)
 
 
+@pytest.mark.parametrize("broken", [NAN, math.inf])
+def test_a_broken_advantage_opens_no_trust_region(broken):
+    # The first token spends the account, drops the response, or lowers the prefix's ratio, whatever its advantage.
+    responses = [
+        Response((-0.05, -0.2), (-2.0, -0.21), (advantage, 1.0), proximal_logp=(-1.0, -0.2))
+        for advantage in (1.0, broken)
+    ]
+    for batch in (padded(responses, per_token=True), packed(responses, per_token=True)):
+        for method, correction in (
+            (cppo.CPPO(), None),
+            (cppo.TRMMax(), None),
+            (cppo.MinPRO(), None),
+            (cppo.GSPO(clip_high=0.1), None),
+            (cppo.GRPO(), cppo.TIS(scope="sequence")),
+        ):
+            decision = batch.decide(method, correction)
+            (_, whole), (_, after) = batch.per_response(decision.coefficient)
+            assert whole == after, method
+            assert batch.per_response(decision.rejected_by)[1][0] == 3
+
+
 def test_a_broken_token_is_no_part_of_a_prefix_or_a_mean():
     whole = log_ratios(0.5, NAN, 0.25)
     for batch in (padded([whole]), packed([whole])):
@@ -430,6 +458,19 @@ def test_a_batch_without_tokens_has_loss_zero(method, shape, reduction):
     for key, value in out.metrics.items():
         assert value.shape == ()
         assert value.item() == (-1 if key == "input/first_nonfinite" else 0), key
+
+
+@pytest.mark.parametrize("denominator", [0, 0.0, torch.tensor(0), torch.tensor(0.0)], ids=repr)
+@pytest.mark.parametrize("reduction", ["token-mean", "sequence-mean", "fixed-length"])
+def test_a_part_of_an_optimizer_batch_without_any_token_has_loss_zero(denominator, reduction):
+    # What all ranks and micro-batches together counted is 0.
+    logp = torch.zeros(2, 3, requires_grad=True)
+    named = {"reduction": reduction, "fixed_length": 4 if reduction == "fixed-length" else None}
+    mask = torch.zeros(2, 3)
+    out = cppo.policy_loss(cppo.CPPO(), logp, torch.zeros(2, 3), torch.ones(2), mask, denominator=denominator, **named)
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert logp.grad.tolist() == [[0.0] * 3] * 2
 
 
 @pytest.mark.parametrize("method", EVERY_METHOD, ids=lambda m: type(m).__name__)

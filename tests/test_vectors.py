@@ -372,6 +372,8 @@ def test_corrections_of_baselines_13_4(name):
     u, advantages = (batch.logp - proximal.log()).exp(), batch.advantages[:, None]
     clipped = -torch.minimum(u * advantages, u.clamp(0.8, 1.28) * advantages)
     assert ((weights * clipped)[mask].sum() / 9).item() == pytest.approx(printed, abs=5e-12)
+    # |pi - mu| is to the sampler, whatever the method judges against.
+    assert out.metrics["divergence/probability_gap"].item() == pytest.approx(0.086655556, abs=5e-10)
     assert out.metrics["correction/mean"].item() == pytest.approx(weights[mask].mean().item(), rel=1e-14)
 
 
@@ -432,6 +434,15 @@ def test_gate_metrics_of_the_worked_responses():
         soft = batch.loss(cppo.CPPO(**knobs, gate="soft"))[0].metrics
         assert soft["gate/mean"].item() == pytest.approx((6 + 0.9375 + 0.973997 + 0.665323) / 9, abs=1e-6)
         assert soft["gate/masked_fraction"].item() == pytest.approx(3 / 9)
+
+
+def test_masked_fractions_by_sign_leave_zero_advantages_out():
+    # IPO drops tokens whatever the sign: of four dropped, one has A > 0, one A < 0, two A = 0; one with A < 0 is kept.
+    rows = [response((0.9,), (0.1,), a) for a in (1.0, -1.0, 0.0, 0.0)] + [response((0.5,), (0.5,), -1.0)]
+    metrics = padded(rows).loss(cppo.IPO())[0].metrics
+    assert metrics["gate/masked_fraction"].item() == 4 / 5
+    assert metrics["gate/masked_fraction_positive"].item() == 1
+    assert metrics["gate/masked_fraction_negative"].item() == 1 / 2
 
 
 def test_mean_budget_counts_responses_that_have_tokens():

@@ -6,6 +6,7 @@
 >>> out.loss.backward()  # doctest: +SKIP
 """
 
+from . import theory
 from .decision import Decision, Trace
 from .methods import (
     CISPO,
@@ -35,6 +36,7 @@ from .methods import (
     TRMMax,
     make_method,
     method_name,
+    parse_correction,
     parse_method,
 )
 from .objective import PolicyLoss, decide, policy_loss
@@ -81,9 +83,11 @@ __all__ = [
     "exact_tv",
     "make_method",
     "method_name",
+    "parse_correction",
     "parse_method",
     "policy_loss",
     "sigmoid_gate",
+    "theory",
     "topk_kl",
     "topk_tv",
 ]

@@ -68,14 +68,12 @@ class Decision:
         On a CPU in blocks, so that the intermediates take little memory, near the cache; elsewhere in one.
         """
         batch = self.batch
-        if self._settled is not None:
-            yield batch, slice(None), *_gate_and_ratio(batch, *self._settled)
-        elif batch.logp.device.type != "cpu":
-            yield batch, slice(None), *_gate_and_ratio(batch, *_judge(self.method, batch))
-        else:
-            for responses, tokens in batch.layout.blocks(_BLOCK_TOKENS):
-                block = batch.select(responses, tokens)
-                yield block, tokens, *_gate_and_ratio(block, *_judge(self.method, block))
+        if batch.logp.device.type != "cpu":
+            yield batch, slice(None), *_gate_and_ratio(batch, *(self._settled or _judge(self.method, batch)))
+            return
+        for responses, tokens in batch.layout.blocks(_BLOCK_TOKENS):
+            block = batch.select(responses, tokens)
+            yield block, tokens, *_gate_and_ratio(block, *(self._settled or _judge(self.method, block)))
 
     @functools.cached_property
     def _judged(self) -> tuple[Tensor, Tensor]:
@@ -91,7 +89,8 @@ class Decision:
     @property
     def gate(self) -> Tensor:
         """M_t in [0, 1]; 0 outside the response."""
-        return self._judged[0]
+        # Of a decision that has been reviewed it is there already.
+        return self._review[0] if "_review" in self.__dict__ else self._judged[0]
 
     @property
     def coefficient(self) -> Tensor:
@@ -102,7 +101,7 @@ class Decision:
         return self._judged[1]
 
     @functools.cached_property
-    def _review(self) -> tuple[Tensor, Trace]:
+    def _review(self) -> tuple[Tensor, Tensor, Trace]:
         layout = self.batch.layout
 
         def to_tensor(value: Tensor | float) -> Tensor:
@@ -123,7 +122,8 @@ class Decision:
                 else torch.where(layout.mask, value, 0)
                 for name, value in values.items()
             }
-            return rejected.to(torch.int8), Trace(**trace)
+            gate, _ = _gate_and_ratio(self.batch, tokens, verdict)
+            return gate, rejected.to(torch.int8), Trace(**trace)
 
     @property
     def rejected_by(self) -> Tensor:
@@ -133,12 +133,12 @@ class Decision:
         was dropped, a correction, or an input that is not finite). A soft gate's attenuated tokens carry the rule that
         they broke; where nothing is rejected by rule (SAPO, DRPO, CISPO), 0.
         """
-        return self._review[0]
+        return self._review[1]
 
     @property
     def trace(self) -> Trace:
         """The quantities behind the decision."""
-        return self._review[1]
+        return self._review[2]
 
 
 def _judge(method: Method, batch: Batch) -> tuple[Tokens, Verdict]:

@@ -39,17 +39,19 @@ class Batch:
         log_ratio = self.logp - self.anchor_logp
         log_mismatch = self.anchor_logp - self.rollout_logp if self.corrections else None
         others = [tensor for tensor in (self.divergence, self.rollout_entropy, log_mismatch) if tensor is not None]
-        bits = bit_mask(self.layout.mask, self.dtype)
+        measurable = bit_mask(self.layout.mask, self.dtype)
         # On a CPU one sum tells whether there is anything to look for; elsewhere asking would stall the device.
-        total = zero_outside_(log_ratio, bits).sum()
+        total = zero_outside_(log_ratio, measurable).sum()
         if total.device.type == "cpu" and not others and math.isfinite(total) and self.advantages_bits.all():
-            return Tokens(bits, log_ratio)
-        bits.bitwise_and_(finite_bits(log_ratio)).bitwise_and_(self.advantages_bits)
+            return Tokens(measurable, measurable, log_ratio)
+        measurable.bitwise_and_(finite_bits(log_ratio))
         for tensor in others:
-            bits.bitwise_and_(finite_bits(tensor))
+            measurable.bitwise_and_(finite_bits(tensor))
         if log_mismatch is not None:
-            zero_outside_(log_mismatch, bits)
-        return Tokens(bits, zero_outside_(log_ratio, bits), log_mismatch)
+            zero_outside_(log_mismatch, measurable)
+        # A policy drifts whether or not the advantage is a number: that enters the gate alone.
+        bits = measurable & self.advantages_bits
+        return Tokens(bits, measurable, zero_outside_(log_ratio, measurable), log_mismatch)
 
     def select(self, responses: slice, tokens: slice) -> Batch:
         """Return one block of the batch (see ``Layout.blocks``), as views."""
@@ -76,12 +78,13 @@ class Tokens:
     """What can be judged of a batch: response tokens of which every number given is finite."""
 
     bits: Tensor  # token-shaped: all bits one at such a token, else zero (see ops.masking)
+    measurable: Tensor  # the same, whatever the advantage: such tokens have a divergence and a ratio
     log_ratio: Tensor  # log rho_t = logp - anchor_logp; 0 at the others
     log_mismatch: Tensor | None = None  # log B_t = anchor_logp - rollout_logp, if corrected; 0 at the others
 
     @property
     def usable(self) -> Tensor:
-        """The same as bool."""
+        """``bits`` as bool."""
         return self.bits != 0
 
 
@@ -254,8 +257,10 @@ def check_batch(
     """Check the arguments of ``decide`` and bring them into one form; errors name argument, value, expectation."""
     if type(method) not in METHODS.values():
         raise TypeError(f"method={method!r}: expected one of {', '.join(c.__name__ for c in METHODS.values())}")
-    if callable(gate := getattr(method, "gate", None)):
-        check_gate(gate)
+    gate = getattr(method, "gate", None)
+    if callable(gate):
+        with torch.no_grad():
+            check_gate(gate)
     logp = _check_floating("logp", logp).detach()
     if rollout_logp is None:
         raise ValueError("rollout_logp: expected the sampler's log-probs, got None; the ratio and D need both policies")
@@ -288,6 +293,12 @@ def check_batch(
     )
 
 
+def _check_denominator(given: object, value: float) -> None:
+    # 0 is what a whole optimizer batch without tokens counts; every part of it has loss 0.
+    if not 0 <= value < math.inf:
+        raise ValueError(f"denominator={given!r}: expected a positive finite number, or 0 for a batch without tokens")
+
+
 def check_reduction(reduction: str, denominator: float | Tensor | None, fixed_length: int | None) -> None:
     """Check the reduction's arguments of ``policy_loss``."""
     if reduction not in REDUCTIONS:
@@ -295,14 +306,13 @@ def check_reduction(reduction: str, denominator: float | Tensor | None, fixed_le
     if isinstance(denominator, Tensor):
         if denominator.dim() != 0:
             raise ValueError(f"denominator: expected a number or a 0-d tensor, got shape {list(denominator.shape)}")
-        if denominator.device.type == "cpu" and not 0 < denominator.item() < math.inf:
-            raise ValueError(f"denominator={denominator!r}: expected a positive finite number")
+        if denominator.device.type == "cpu":
+            _check_denominator(denominator, denominator.item())
     elif denominator is not None:
         given: object = denominator
         if isinstance(given, bool) or not isinstance(given, numbers.Real):
             raise TypeError(f"denominator={denominator!r}: expected a number or a 0-d tensor")
-        if not 0 < float(given) < math.inf:
-            raise ValueError(f"denominator={denominator!r}: expected a positive finite number")
+        _check_denominator(denominator, float(given))
     if (reduction == "fixed-length") != (fixed_length is not None):
         raise ValueError(
             f"fixed_length={fixed_length!r}: expected a positive integer with reduction='fixed-length', else None "

@@ -33,7 +33,13 @@ class Tally:
     first_nonfinite: Tensor  # 0-d: flat index in the (first) part that has one, or -1
 
     def __add__(self, other: Tally) -> Tally:
-        """Return the tally of two parts of a batch, judged by one method."""
+        """Return the tally of two parts of a batch, judged by one method.
+
+        Raises:
+            ValueError: if the parts count different things.
+        """
+        if (self.names, self.peak_names) != (other.names, other.peak_names):
+            raise ValueError(f"tally: expected parts that count the same, got {self.names} and {other.names}")
         first = torch.where(self.first_nonfinite >= 0, self.first_nonfinite, other.first_nonfinite)
         peaks = torch.maximum(self.peaks, other.peaks)
         return dataclasses.replace(self, sums=self.sums + other.sums, peaks=peaks, first_nonfinite=first)
@@ -80,7 +86,7 @@ def tally(decision: Decision) -> Tally:
     count = mask.sum()
     responses = batch.layout.leads
     broken = mask & ~usable
-    rejected = (decision.rejected_by > 0) & usable
+    rejected = (decision.rejected_by > 0) & usable  # asked before the gate, which then costs nothing more
     positive, negative = usable & (batch.advantages > 0), usable & (batch.advantages < 0)
     ratio = torch.where(usable, importance_ratio(log_ratio), 0.0)
     gap = torch.where(usable, binary_tv(batch.logp, batch.rollout_logp), 0.0)

@@ -63,7 +63,7 @@ def decide(
         lengths: packed layout only: ``[B]`` integers that sum to N. Checked on the host for a list or a CPU tensor;
             on an accelerator a wrong sum is not seen (looking would stall it).
         divergence: token-shaped D_t in [0, 1e15], for a method with a top-K or exact divergence; overrides those that
-            come from the log-probs. Values outside count as the nearer end.
+            come from the log-probs. Finite values outside count as the nearer end.
         rollout_entropy: token-shaped, nats, >= 0: the rollout policy's entropy at each token, for a method that needs
             it (ESTR).
         proximal_logp: token-shaped log q(y_t): the trainer's own log-probs at the weights that sampled. With it the
@@ -79,10 +79,12 @@ def decide(
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected.
 
-    Numerics: log-ratios and divergences in float32 or wider, the account in float64. A response token whose
-    log-probs, advantage or given divergence is NaN or infinite is rejected (``rejected_by`` 3), spends nothing, and is
-    counted in the metrics; padding may hold anything. Nothing here makes the host wait for the device. Between layouts
-    only an exact tie between inexact numbers may differ: the sums round in another order, by 1e-16 of their size.
+    Numerics: log-ratios and divergences in float32 or wider; the account, and sums and means over a response, in
+    float64. A response token of which any number given (log-prob, advantage, divergence, entropy) is NaN or infinite is
+    rejected alone (``rejected_by`` 3) and counted in the metrics. It keeps its place. If its advantage is what is
+    broken, its divergence and ratio count as ever; otherwise it spends nothing, and enters means and products with a
+    ratio of 1. Padding may hold anything. Nothing here makes the host wait for the device. Between layouts only an
+    exact tie between inexact numbers may differ: the sums round in another order, by 1e-16 of their size.
     """
     with torch.no_grad():
         batch = check_batch(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from cppo.specs import parse_spec
 
@@ -16,6 +17,8 @@ from .settings import SETTINGS, Setting
 Method = (
     CPPO | DPPO | IPO | DRPO | TRM | ESTR | GRPO | CISPO | MinPRO | GSPO | SAPO | GMPO | PNPO | CTPO | PolicyGradient
 )
+
+Kind = TypeVar("Kind")
 
 METHODS: dict[str, type[Method]] = {
     "cppo": CPPO,
@@ -40,9 +43,13 @@ METHODS: dict[str, type[Method]] = {
 
 def make_method(name: str, **knobs: Any) -> Method:
     """Return the method of that name with those knobs; one clear error for an unknown name or knob."""
-    if name not in METHODS:
-        raise ValueError(f"method={name!r}: expected one of {', '.join(METHODS)}")
-    fields = dataclasses.fields(METHODS[name])
+    return _make("method", METHODS, name, knobs)
+
+
+def _make(role: str, kinds: Mapping[str, type[Kind]], name: str, knobs: Mapping[str, Any]) -> Kind:
+    if name not in kinds:
+        raise ValueError(f"{role}={name!r}: expected one of {', '.join(kinds)}")
+    fields = dataclasses.fields(kinds[name])  # type: ignore[arg-type]  # all are dataclasses
     known = [field.name for field in fields]
     for knob in knobs:
         if knob not in known:
@@ -50,13 +57,17 @@ def make_method(name: str, **knobs: Any) -> Method:
     for field in fields:
         if field.default is dataclasses.MISSING and field.name not in knobs:
             raise ValueError(f"{name} needs a value for {field.name!r}: no published one is known")
-    return METHODS[name](**knobs)
+    return kinds[name](**knobs)
 
 
 def parse_method(spec: str) -> Method:
     """Return the method written as ``name?knob=value&knob=value``, such as ``cppo?budget=fixed&delta_b=0.015``."""
-    name, knobs = parse_spec(spec)
-    return make_method(name, **knobs)
+    return _make("method", METHODS, *parse_spec(spec))
+
+
+def parse_correction(spec: str) -> Correction:
+    """Return the correction written as ``name?knob=value&knob=value``, such as ``icepop?high=4``."""
+    return _make("correction", CORRECTIONS, *parse_spec(spec))
 
 
 def needed_inputs(method: Method) -> tuple[str, ...]:
@@ -106,5 +117,6 @@ __all__ = [
     "make_method",
     "method_name",
     "needed_inputs",
+    "parse_correction",
     "parse_method",
 ]

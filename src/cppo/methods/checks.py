@@ -39,6 +39,7 @@ def check_number(
     inside = (low < number if low_open else low <= number) and (number < high if high_open else number <= high)
     if not inside:  # also NaN
         raise ValueError(f"{type(owner).__name__}({name}={value!r}): expected a number in {interval}")
+    object.__setattr__(owner, name, number)  # a fraction, or numpy's number, is none to torch
 
 
 def check_positive(owner: object, *names: str) -> None:

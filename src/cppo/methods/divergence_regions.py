@@ -196,7 +196,7 @@ class TRM:
     criteria alone, with their published thresholds.
     Paper and code: verl's rollout_rs offers sampled-token estimators only, judges once instead of at every update, and
     takes dropped responses out of the denominator. The thresholds belong to the exact KL: with k2 or k3 the same
-    numbers drop other responses.
+    numbers drop other responses. A token whose D cannot be measured (a missing log-prob) is dropped alone.
 
     Args:
         max_threshold: on the largest D, > 0; None: no such criterion. Paper: 0.05 alone, 0.1 in the pair.
@@ -228,6 +228,18 @@ class TRM:
         check_choice(self, "divergence", (*DIVERGENCES, *ESTIMATORS))
         if self.avg_divergence is not None:
             check_choice(self, "avg_divergence", SAMPLED_DIVERGENCES)
+            if self.max_threshold is None or self.avg_threshold is None:
+                name = type(self).__name__
+                raise ValueError(
+                    f"{name}(avg_divergence={self.avg_divergence!r}): expected None; it parts the mean's divergence "
+                    "from the maximum's where both have a threshold"
+                )
+
+    def _check_only(self, criterion: str, other: str) -> None:
+        for name, expected in ((criterion, "a number"), (other, "None; TRM takes both")):
+            value = getattr(self, name)
+            if (value is None) == (name == criterion):
+                raise ValueError(f"{type(self).__name__}({name}={value!r}): expected {expected}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,6 +259,10 @@ class TRMMax(TRM):
     summary: ClassVar = dataclasses.replace(
         TRM.summary, rule="responses: max_t D_t <= max_threshold", statistic="divergence's maximum"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_only("max_threshold", "avg_threshold")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -269,6 +285,10 @@ class TRMAvg(TRM):
     summary: ClassVar = dataclasses.replace(
         TRM.summary, rule="responses: mean_t D_t <= avg_threshold", statistic="divergence's mean"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_only("avg_threshold", "max_threshold")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The settings that papers and public code publish, each as a spec that ``parse_method`` or a correction takes."""
+"""The settings that papers and public code publish, as specs for ``parse_method`` and ``parse_correction``."""
 
 from __future__ import annotations
 

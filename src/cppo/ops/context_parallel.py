@@ -36,26 +36,36 @@ class ContextParallel:
     group: dist.ProcessGroup | None = None
     chunks: Sequence[int] | None = None
 
+    def __post_init__(self) -> None:
+        chunks = self.chunks
+        fits = chunks is None or (
+            isinstance(chunks, Sequence)
+            and len(chunks) > 0
+            and all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in chunks)
+        )
+        if not fits:
+            raise ValueError(f"ContextParallel(chunks={chunks!r}): expected integers >= 0, at least one")
+
     def shard(self, part: PaddedLayout | PackedLayout) -> Layout:
         """Return the layout that answers for the uncut responses; every rank of the group must call it."""
-        if not dist.is_initialized() and self.chunks is None:
+        if not dist.is_initialized():
             raise ValueError("context_parallel: expected an initialised process group (torch.distributed)")
         chunks = [dist.get_rank(self.group)] if self.chunks is None else list(self.chunks)
-        if not chunks or not all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in chunks):
-            raise ValueError(f"context_parallel: ContextParallel(chunks={self.chunks!r}): expected integers >= 0")
+        device = part.mask.device
+        # Filled, not copied: a copy from the host would wait for the device.
+        mine = torch.stack([torch.full((), c, dtype=torch.int64, device=device) for c in chunks])
         rows = part.lengths.shape[0]
+        if device.type == "cpu":  # on an accelerator, looking would stall it
+            self._check_agreement(rows, mine)
         if rows % len(chunks):
             raise ValueError(
                 f"logp: expected a multiple of {len(chunks)} rows, one for each of a response's chunks "
                 f"{tuple(chunks)} on this rank, got {rows}"
             )
-        device = part.mask.device
-        mine = torch.tensor(chunks, device=device)
-        if device.type == "cpu":  # on an accelerator, looking would stall it
-            self._check_agreement(rows, mine)
         return ShardedLayout(part, mine, lambda values: _all_gather(values, self.group))
 
     def _check_agreement(self, rows: int, mine: Tensor) -> None:
+        """Raise on every rank or on none, so that none waits for a rank that has left."""
         shapes = _all_gather(torch.tensor([rows, len(mine)]), self.group).tolist()
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(
@@ -94,6 +104,7 @@ class ShardedLayout:
         self.mask = part.mask
         # [C, W C]: which pieces of a response, of all ranks, stand before each of this rank's.
         self._earlier = all_gather(chunks).flatten()[None, :] < chunks[:, None]
+        self._responses = part.lengths.shape[0] // self._chunks
         counts = self._pieces(part.lengths)
         self._totals = counts.sum(0)  # [R]: T of each response
         self.lengths = self._to_rows(self._totals)
@@ -102,11 +113,11 @@ class ShardedLayout:
 
     def _pieces(self, per_row: Tensor) -> Tensor:
         """Return every rank's number of each piece, ``[W C, R]``."""
-        by_response = per_row.reshape(-1, self._chunks)
-        return self._all_gather(by_response).transpose(1, 2).reshape(-1, by_response.shape[0])
+        gathered = self._all_gather(per_row.reshape(self._responses, self._chunks))
+        return gathered.transpose(1, 2).reshape(gathered.shape[0] * self._chunks, self._responses)
 
     def _to_rows(self, per_response: Tensor) -> Tensor:
-        return per_response[:, None].expand(-1, self._chunks).reshape(-1)
+        return per_response[:, None].expand(self._responses, self._chunks).reshape(-1)
 
     def _before(self, pieces: Tensor, neutral: float) -> Tensor:
         """Return, for each row of this rank, what stands before it: the sum, or with neutral +inf the minimum."""
@@ -159,7 +170,7 @@ class ShardedLayout:
         # by itself. Asks a device for the longest response: for the ablation only.
         longest = int(self._totals.max()) if self._totals.numel() else 0
         whole = PaddedLayout(torch.arange(longest, device=self.mask.device) < self._totals[:, None])
-        ranks = whole.rank(key, number.reshape(-1, self._chunks)[:, 0])
+        ranks = whole.rank(key, number.reshape(self._responses, self._chunks)[:, 0])
         if not ranks.numel():
             return torch.zeros(self.shape, dtype=torch.int64, device=self.mask.device)
         row = self._part.response_index() // self._chunks

@@ -188,6 +188,11 @@ def _rounding_error(before: Tensor, added: Tensor, after: Tensor, step: Tensor) 
     return (before - (after - step)).add_(added - step)
 
 
+def _sortable(bits: Tensor) -> Tensor:
+    """Return a float32's bits as an int32 that sorts like it, and back: negative floats' magnitudes are turned over."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
 class PackedLayout(_WholeResponses):
     """Tokens of all responses end to end in ``[N]``, ``lengths[b]`` of them for response b; a mask may leave holes."""
 
@@ -279,13 +284,19 @@ class PackedLayout(_WholeResponses):
         first = torch.ones(tokens, dtype=torch.bool, device=values.device)
         torch.ne(self.response[1:], self.response[:-1], out=first[1:])
         shifted = values.roll(1).masked_fill_(first, math.inf)
-        # A running minimum that starts anew with each response: ranks instead of values, each response's below those
-        # of the responses before it. Exact for every dtype, and no loop.
+        # A running minimum that starts anew with each response: integers that sort like the values, each response's
+        # below those of the responses before it. Exact, and no loop.
+        response = self.response.to(torch.int64)
+        if values.dtype == torch.float32:
+            bits = shifted.view(torch.int32)
+            below = response << 33
+            smallest = (_sortable(bits).to(torch.int64) - below).cummin(0).values + below
+            return _sortable(smallest.to(torch.int32)).view(torch.float32)
+        # Wider floats leave no room for the response: their ranks do.
         order = shifted.argsort(stable=True)
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(tokens, device=order.device))
-        below = self.response.to(torch.int64) * tokens
-        smallest = (rank - below).cummin(0).values + below
-        return shifted[order][smallest]
+        below = response * tokens
+        return shifted[order][(rank - below).cummin(0).values + below]
 
     def rank(self, key: Callable[[Tensor, Tensor], Tensor], number: Tensor) -> Tensor:
         keys = key(self.position(torch.float64).to(torch.int64), self.spread(number))

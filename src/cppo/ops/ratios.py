@@ -1,6 +1,6 @@
 """Importance ratios: of a token, of its prefix, of its response. All from log-ratios d_t = log pi(y_t) - log mu(y_t).
 
-A log-ratio is 0 where a token cannot be judged, so that it changes no product and no mean.
+A log-ratio is 0 where it cannot be measured: such a token changes no product, and keeps its place in a mean.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def importance_ratio(log_ratio: Tensor, ratio_cap: float | None = None) -> Tenso
     return ratio if ratio_cap is None else ratio.clamp_(max=ratio_cap)
 
 
-def prior_minimum(log_ratio: Tensor, usable: Tensor, layout: Layout) -> Tensor:
-    """Return log b_t, b_t = min_{j<t} rho_j over the usable tokens of the prefix; 0 where there is none (MinPRO).
+def prior_minimum(log_ratio: Tensor, measurable: Tensor, layout: Layout) -> Tensor:
+    """Return log b_t, b_t = min_{j<t} rho_j over the measurable tokens of the prefix; 0 where there is none (MinPRO).
 
     Not capped at 0: where every earlier ratio exceeds 1, b_t does.
     """
-    smallest = layout.prior_minimum(log_ratio.masked_fill(~usable, math.inf))
+    smallest = layout.prior_minimum(log_ratio.masked_fill(~measurable, math.inf))
     return smallest.masked_fill_(smallest == math.inf, 0.0)
 
 

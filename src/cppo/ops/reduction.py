@@ -34,12 +34,14 @@ def loss_denominator(
 ) -> Tensor:
     """Return what the sum over tokens is divided by, 0-d: tokens (token-mean) or non-empty responses, at least 1.
 
-    ``denominator``, where given, is returned instead.
+    ``denominator``, where given, is returned instead; 1 if it is 0: the whole batch, of which this is a part, is empty.
     """
-    if isinstance(denominator, Tensor):
-        return denominator.to(device=layout.mask.device, dtype=dtype, non_blocking=True)
     if denominator is not None:
-        return torch.full((), float(denominator), dtype=dtype, device=layout.mask.device)
+        if isinstance(denominator, Tensor):
+            given = denominator.to(device=layout.mask.device, dtype=dtype, non_blocking=True)
+        else:
+            given = torch.full((), float(denominator), dtype=dtype, device=layout.mask.device)
+        return given.masked_fill(given == 0, 1.0)
     count = layout.token_count() if reduction == "token-mean" else layout.response_count()
     return count.clamp(min=1).to(dtype)
 

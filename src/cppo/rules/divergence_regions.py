@@ -21,7 +21,7 @@ def _measure(method: m.CPPO | m.DPPO | m.IPO | m.TRM, batch: Batch, tokens: Toke
         measured = SAMPLED[method.divergence](batch.logp, batch.anchor_logp)
     else:
         measured = batch.divergence.clamp(min=0.0, max=LARGEST_DIVERGENCE)
-    return zero_outside_(measured, tokens.bits)
+    return zero_outside_(measured, tokens.measurable)
 
 
 def _position_weight(method: m.CPPO, batch: Batch) -> Tensor:
@@ -64,13 +64,13 @@ def judge_cppo(method: m.CPPO, batch: Batch, tokens: Tokens) -> Verdict:
         gate = method.gate if callable(method.gate) else gates.soft_gate
         # Of a user's function only the values beyond 1 are asked for, and its rounding stays within [0, 1].
         attenuation = torch.where(keep, 1.0, gate(excess.clamp(min=1.0)).clamp(0.0, 1.0))
-    return Verdict(
-        keep,
-        importance_ratio(tokens.log_ratio, method.ratio_cap),
-        attenuation,
-        lambda: torch.where(spent <= delta, PREFIX_BUDGET, TOKEN_THRESHOLD),
-        trace,
-    )
+
+    def cause() -> Tensor:
+        # In the threshold's dtype, as it was compared: a tie in float32 may be none in float64.
+        compared = spent.to(limit.dtype) if isinstance(limit, Tensor) else spent
+        return torch.where(compared <= delta, PREFIX_BUDGET, TOKEN_THRESHOLD)
+
+    return Verdict(keep, importance_ratio(tokens.log_ratio, method.ratio_cap), attenuation, cause, trace)
 
 
 def judge_dppo(method: m.DPPO, batch: Batch, tokens: Tokens) -> Verdict:
@@ -103,7 +103,7 @@ def judge_ipo(method: m.IPO, batch: Batch, tokens: Tokens) -> Verdict:
 
 def judge_drpo(method: m.DRPO, batch: Batch, tokens: Tokens) -> Verdict:
     """Everything is kept, with the weight 1 - sign(A (rho - 1)) |pi - mu| / delta."""
-    measured = zero_outside_(binary_tv(batch.logp, batch.anchor_logp), tokens.bits)
+    measured = zero_outside_(binary_tv(batch.logp, batch.anchor_logp), tokens.measurable)
     outward = torch.sign(batch.advantages) * torch.sign(tokens.log_ratio)
     weight = 1.0 - outward * measured / method.delta
     return Verdict(
@@ -125,7 +125,7 @@ def judge_trm(method: m.TRM, batch: Batch, tokens: Tokens) -> Verdict:
     if method.avg_threshold is not None:
         averaged = measured
         if method.avg_divergence is not None:
-            averaged = zero_outside_(SAMPLED[method.avg_divergence](batch.logp, batch.anchor_logp), tokens.bits)
+            averaged = zero_outside_(SAMPLED[method.avg_divergence](batch.logp, batch.anchor_logp), tokens.measurable)
         trace["mean_divergence"] = mean = layout.total(averaged) / layout.lengths.clamp(min=1)
         accepted &= mean <= method.avg_threshold
     trace["accepted"] = accepted
@@ -139,7 +139,7 @@ def judge_estr(method: m.ESTR, batch: Batch, tokens: Tokens) -> Verdict:
         raise AssertionError("check_batch refuses ESTR without rollout_entropy")
     uncertainty = batch.rollout_entropy.clamp(min=0.0) + method.epsilon
     statistic = (tokens.log_ratio.square() / uncertainty).clamp_(max=LARGEST_DIVERGENCE)
-    zero_outside_(statistic, tokens.bits)
+    zero_outside_(statistic, tokens.measurable)
     clipped = gates.clips(batch.advantages, tokens.log_ratio, *gates.log_bounds(method.clip_low, method.clip_high))
     keep = (statistic <= method.tau) & ~clipped
     return Verdict(

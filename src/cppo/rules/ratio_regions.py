@@ -33,7 +33,7 @@ def judge_cispo(method: m.CISPO, batch: Batch, tokens: Tokens) -> Verdict:
 
 def judge_minpro(method: m.MinPRO, batch: Batch, tokens: Tokens) -> Verdict:
     """PPO's clip on b_t rho_t."""
-    smallest = ratios.prior_minimum(tokens.log_ratio, tokens.usable, batch.layout)
+    smallest = ratios.prior_minimum(tokens.log_ratio, tokens.measurable != 0, batch.layout)
     if method.cap_prefix_at_one:
         smallest = smallest.clamp_(max=0.0)
     log_ratio = smallest + tokens.log_ratio
