@@ -1,11 +1,15 @@
 """Nothing in a training step asks the device for a number: on the meta device, whose tensors hold none, that raises."""
 
+import ast
+import pathlib
+
 import pytest
 import torch
 from examples import CORRECTIONS, OTHERS
 from layouts import takes_divergence, takes_entropy
 
 import cppo
+import cppo.ops.context_parallel
 
 METHODS = [
     *OTHERS,
@@ -15,16 +19,15 @@ METHODS = [
 ]
 
 
-def step(method, shape, reduction, correction=None, **layout):
+def step(method, shape, reduction, correction=None, rows=3, **layout):
     def meta(*size, **options):
         return torch.ones(*size, device="meta", **options)
 
-    responses = 3
     out = cppo.policy_loss(
         method,
         meta(*shape, requires_grad=True),
         meta(*shape),
-        meta(responses),
+        meta(rows),
         meta(*shape, dtype=torch.bool),
         divergence=meta(*shape) if takes_divergence(method) else None,
         rollout_entropy=meta(*shape) if takes_entropy(method) else None,
@@ -58,8 +61,35 @@ def test_corrections_never_look(correction):
     step(cppo.GRPO(), (15,), "token-mean", correction, lengths=torch.ones(3, dtype=torch.int64, device="meta"))
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if getattr(m, "position", "") != "shuffled"], ids=repr)
+def test_cut_responses_never_look(monkeypatch, method):
+    # Shuffled weights ask for the longest response, as docs/method.md says.
+    module = cppo.ops.context_parallel
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(module, "_all_gather", lambda values, group: torch.stack([values, values]))
+    context = cppo.ContextParallel(chunks=(0, 3))
+    step(method, (4, 5), "token-mean", context_parallel=context, rows=4)
+    lengths = torch.ones(4, dtype=torch.int64, device="meta")
+    step(method, (15,), "sequence-mean", context_parallel=context, rows=4, lengths=lengths)
+
+
 def test_the_probe_would_see_a_look():
     with pytest.raises(RuntimeError):
         torch.ones((), device="meta").item()
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.ones(3, device="meta").nonzero()
+
+
+CORE = sorted(pathlib.Path(cppo.__file__).parent.glob("*.py")) + sorted(
+    file for room in ("ops", "rules") for file in (pathlib.Path(cppo.__file__).parent / room).glob("*.py")
+)
+
+
+@pytest.mark.parametrize("file", CORE, ids=lambda file: file.name)
+def test_no_number_of_the_host_is_copied_to_a_device(file):
+    # The meta device does not see such copies; a device waits for them.
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            copies = node.func.attr in ("tensor", "as_tensor", "from_numpy", "new_tensor")
+            assert not (copies and any(keyword.arg == "device" for keyword in node.keywords)), node.lineno
+            assert node.func.attr not in ("new_tensor", "cuda", "cpu"), node.lineno
