@@ -131,4 +131,5 @@ one_correction = st.one_of(
     st.builds(cppo.IcePop, low=st.floats(0.0, 1.0), high=st.floats(1.0, 10.0)),
     st.builds(cppo.GeometricMask, low=st.floats(0.0, 1.0), high=st.floats(1.0, 10.0)),
 )
-corrections = st.one_of(one_correction, st.tuples(one_correction, one_correction))
+masks = st.builds(cppo.GeometricMask, low=st.floats(0.0, 1.0), high=st.floats(1.0, 10.0))
+corrections = st.one_of(one_correction, st.tuples(one_correction, masks), st.tuples(masks, masks, one_correction))

@@ -37,7 +37,7 @@ NUMBERS = [
     (cppo.GRPO, "clip_high", NOT_NEGATIVE, "[0, inf)"),
     (cppo.GRPO, "dual_clip", (1, 0.5, -3, math.nan, math.inf), "(1, inf)"),
     (cppo.CISPO, "cap", POSITIVE, "(0, inf)"),
-    (cppo.CISPO, "floor", (-0.1, 5.1, math.nan, math.inf), "[0, 5]"),
+    (cppo.CISPO, "floor", NOT_NEGATIVE, "[0, inf)"),
     (cppo.MinPRO, "clip_low", NOT_NEGATIVE, "[0, inf)"),
     (cppo.MinPRO, "clip_high", NOT_NEGATIVE, "[0, inf)"),
     (cppo.MinPRO, "ratio_cap", POSITIVE, "(0, inf)"),
@@ -53,11 +53,11 @@ NUMBERS = [
     (cppo.PolicyGradient, "ratio_cap", POSITIVE, "(0, inf)"),
     (cppo.TIS, "cap", POSITIVE, "(0, inf)"),
     (cppo.MIS, "high", POSITIVE, "(0, inf)"),
-    (cppo.MIS, "low", (-0.1, 2.5, math.nan), "[0, 2]"),
+    (cppo.MIS, "low", NOT_NEGATIVE, "[0, inf)"),
     (cppo.IcePop, "high", POSITIVE, "(0, inf)"),
-    (cppo.IcePop, "low", (-0.1, 5.5, math.nan), "[0, 5]"),
+    (cppo.IcePop, "low", NOT_NEGATIVE, "[0, inf)"),
     (cppo.GeometricMask, "low", NOT_NEGATIVE, "[0, inf)"),
-    (cppo.GeometricMask, "high", (0.9, math.nan, math.inf), "[0.999, inf)"),
+    (cppo.GeometricMask, "high", NOT_NEGATIVE, "[0, inf)"),
 ]
 # What has no default, at some value.
 REQUIRED = {cppo.ESTR: {"tau": 0.1}, cppo.CTPO: {"epsilon": 0.1}}
@@ -105,6 +105,20 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(kind, knob, choices, v
     message = f"{kind.__name__}({knob}={value!r}): expected one of {choices}"
     with pytest.raises(ValueError, match=re.escape(message)):
         kind(**{knob: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: cppo.IcePop(low=5, high=1), "IcePop(low=5.0, high=1.0): expected low <= high"),
+        (lambda: cppo.MIS(low=2.5), "MIS(low=2.5, high=2.0): expected low <= high"),
+        (lambda: cppo.GeometricMask(low=2), "GeometricMask(low=2.0, high=1.001): expected low <= high"),
+        (lambda: cppo.CISPO(floor=5.1), "CISPO(floor=5.1, cap=5.0): expected floor <= cap"),
+    ],
+)
+def test_a_lower_bound_lies_below_the_upper_one(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
 
 
 @pytest.mark.parametrize("kind", TRMS)
@@ -234,6 +248,11 @@ def test_make_method_names_the_known_methods_and_knobs():
     with pytest.raises(ValueError, match=re.escape("tis has no knob 'low': expected one of scope, cap")):
         cppo.parse_correction("tis?low=1")
     assert cppo.parse_correction("tis?cap=3") == cppo.TIS(cap=3.0)
+    with pytest.raises(ValueError, match="method='tis', a correction,: expected one of cppo, dppo"):
+        cppo.parse_method("tis")
+    # As `cppo methods` prints them, and as people write numbers.
+    spec = "cppo?budget=none&ratio_cap=None&delta=.2&delta_b=2e-2"
+    assert cppo.parse_method(spec) == cppo.CPPO(budget="none", ratio_cap=None, delta=0.2, delta_b=0.02)
 
 
 # ---------------------------------------------------------------- decide
@@ -260,7 +279,7 @@ META = torch.zeros(B, T, device="meta")
 
 DECIDE = {
     "a method by name": (arguments(method="cppo"), TypeError, "method='cppo': expected one of CPPO, DPPO, IPO, "),
-    "a method's class": (arguments(method=cppo.CPPO), TypeError, "PNPO, CTPO, PolicyGradient"),
+    "a method's class": (arguments(method=cppo.CPPO), TypeError, "expected an instance, such as cppo.CPPO()"),
     "logp as a list": (arguments(logp=[[0.0]]), TypeError, "logp: expected a torch.Tensor, got list"),
     "integer logp": (
         arguments(logp=torch.zeros(B, T, dtype=torch.int64)),
@@ -463,6 +482,11 @@ DECIDE = {
         TypeError,
         "correction='tis': expected one of TIS, MIS, IcePop, GeometricMask",
     ),
+    "two corrections that weigh": (
+        arguments(proximal_logp=torch.zeros(B, T), correction=(cppo.IcePop(), cppo.GeometricMask(), cppo.TIS())),
+        ValueError,
+        "correction: expected one that weighs, and any number of GeometricMask, got IcePop, TIS; two would",
+    ),
     "a method among the corrections": (
         arguments(proximal_logp=torch.zeros(B, T), correction=(cppo.TIS(), cppo.GRPO())),
         TypeError,
@@ -528,6 +552,12 @@ def test_a_gate_that_is_not_admissible_is_refused_with_the_point(gate, message):
 )
 def test_what_is_no_function_of_a_tensor_is_refused(gate):
     with pytest.raises(TypeError, match=r"gate=<.*>: expected a tensor like x \(torch.float\d+ \[\d+\]\), got "):
+        cppo.decide(**arguments(method=cppo.CPPO(gate=gate)))
+
+
+@pytest.mark.parametrize("gate", [lambda x: 1.0 if x <= 1 else 1 / x, lambda x: math.exp(-x)])
+def test_a_function_of_a_number_is_no_gate(gate):
+    with pytest.raises(TypeError, match=r"gate=<.*>: expected a function of a tensor; it raised "):
         cppo.decide(**arguments(method=cppo.CPPO(gate=gate)))
 
 

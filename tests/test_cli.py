@@ -39,12 +39,28 @@ def test_methods_lists_every_method_and_prints_one_in_full():
     table = cppo_command("methods").stdout
     assert all(re.search(rf"^{name} ", table, flags=re.MULTILINE) for name in listed)
     for setting in SETTINGS:
-        assert re.search(rf"^{re.escape(setting.label)} .*{re.escape(setting.spec)} ", table, flags=re.MULTILINE)
+        assert f"\n{setting.spec}\n    {setting.label}: {setting.source}\n" in table
     assert "Eqs. 8-11" in cppo_command("methods", "cppo").stdout
     one = cppo_command("methods", "trm_avg").stdout
     assert "(1 / T) sum_t D_t <= avg_threshold" in one
     assert "trm_avg?avg_threshold=0.001&divergence=exact_kl" in one
+    assert 'Published with reduction="fixed-length".' in one
+    # By the class's name, or from a spec.
+    assert cppo_command("methods", "IcePop").stdout == cppo_command("methods", "icepop?high=4").stdout
     assert "Ring-1T" in cppo_command("methods", "icepop").stdout
+
+
+def test_a_narrow_window_gets_blocks_and_no_broken_words():
+    command = f"{sys.executable} -c 'from cppo.cli import main; main()'"
+    done = subprocess.run(
+        ["script", "-qec", f"stty cols 80; {command} methods", "/dev/null"],
+        capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"},
+    )  # fmt: skip
+    text = done.stdout.replace("\r", "")
+    assert len(text.splitlines()) < 300
+    for name in (*cppo.METHODS, *cppo.CORRECTIONS):
+        assert re.search(rf"^(method|correction): {name}$", text, flags=re.MULTILINE), name
+    assert all(f"\n{setting.spec}\n" in text for setting in SETTINGS)
 
 
 @pytest.mark.parametrize(

@@ -396,7 +396,8 @@ def test_corrections_keep_what_stands_on_their_bounds(layout):
     assert weights(cppo.MIS(scope="sequence", low=1.0, high=1.0)) == ([1.0, 1.0, 1.0], [0, 0, 0])
     assert weights(cppo.GeometricMask(low=1.0, high=1.0)) == ([1.0, 1.0, 1.0], [0, 0, 0])
     assert weights(cppo.GeometricMask(low=1.001, high=2.0)) == ([0.0, 0.0, 0.0], [3, 3, 3])
-    assert weights((cppo.TIS(cap=1.5), cppo.MIS(low=1.0, high=2.5))) == ([1.0, 1.5 * two, 0.0], [0, 0, 3])
+    assert weights((cppo.TIS(cap=1.5), cppo.GeometricMask(low=1.0, high=1.0))) == ([1.0, 1.5, half], [0, 0, 0])
+    assert weights((cppo.GeometricMask(low=1.001, high=2.0), cppo.TIS())) == ([0.0, 0.0, 0.0], [3, 3, 3])
 
 
 def test_a_rule_that_rejects_keeps_its_cause_under_a_correction():

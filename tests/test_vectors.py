@@ -437,10 +437,11 @@ def test_gate_metrics_of_the_worked_responses():
 
 
 def test_masked_fractions_by_sign_leave_zero_advantages_out():
-    # IPO drops tokens whatever the sign: of four dropped, one has A > 0, one A < 0, two A = 0; one with A < 0 is kept.
-    rows = [response((0.9,), (0.1,), a) for a in (1.0, -1.0, 0.0, 0.0)] + [response((0.5,), (0.5,), -1.0)]
+    # IPO drops tokens whatever the sign: of four dropped, one has A > 0, one A < 0, two A = 0; of two kept, one A < 0.
+    rows = [response((0.9,), (0.1,), a) for a in (1.0, -1.0, 0.0, 0.0)]
+    rows += [response((0.5,), (0.5,), a) for a in (-1.0, 0.0)]
     metrics = padded(rows).loss(cppo.IPO())[0].metrics
-    assert metrics["gate/masked_fraction"].item() == 4 / 5
+    assert metrics["gate/masked_fraction"].item() == 4 / 6
     assert metrics["gate/masked_fraction_positive"].item() == 1
     assert metrics["gate/masked_fraction_negative"].item() == 1 / 2
 

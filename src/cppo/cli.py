@@ -18,6 +18,9 @@ from rich.text import Text
 
 from cppo.methods import CORRECTIONS, METHODS, SETTINGS, Setting
 
+# Below this width the table of methods would break words.
+_WIDE = 132
+
 app = typer.Typer(
     help="CPPO and the trust regions it is compared with, on models from a laptop's up.",
     no_args_is_help=True,
@@ -144,26 +147,35 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the trust regions: rule, statistic, scope, knobs with defaults, sources, and the published settings."""
-    kinds: dict[str, type] = METHODS | CORRECTIONS
-    if name is not None and name not in kinds:
-        raise ValueError(f"method {name!r}: expected one of {', '.join(kinds)}")
-    chosen = kinds if name is None else {name: kinds[name]}
+    kinds: dict[str, Any] = METHODS | CORRECTIONS
+    chosen = kinds if name is None else {_known(name, kinds): kinds[_known(name, kinds)]}
     settings = {key: [s for s in SETTINGS if s.spec.partition("?")[0] == key] for key in chosen}
     if as_json:
         print(json.dumps({key: _as_json(kind, settings[key]) for key, kind in chosen.items()}, indent=2))
         return
     console = _console(stderr=False)
-    if name is not None:
-        print(f"{name}\n\n{python_inspect.getdoc(chosen[name])}")
-        if settings[name]:
-            console.print()
-            console.print(_settings_table(settings[name]))
+    if name is None:
+        _print_family(console, "method", METHODS)
+        _print_family(console, "correction", CORRECTIONS)
+        print("Published settings (--method takes the specs of methods)\n")
+        _print_settings(SETTINGS)
         return
-    console.print(_family_table("method", METHODS))
-    console.print()
-    console.print(_family_table("correction", CORRECTIONS))
-    console.print("\nPublished settings (--method takes the specs of methods)\n", markup=False)
-    console.print(_settings_table(SETTINGS))
+    for key, kind in chosen.items():
+        print(f"{key}\n\n{python_inspect.getdoc(kind)}")
+        if kind.summary.reduction is not None:
+            print(f'\nPublished with reduction="{kind.summary.reduction}".')
+        if settings[key]:
+            print("\nPublished settings\n")
+            _print_settings(settings[key])
+
+
+def _known(name: str, kinds: Mapping[str, Any]) -> str:
+    """Return the key of a method or correction named by it, by its class in any case, or by a spec."""
+    bare = name.partition("?")[0].lower()
+    names = {kind.__name__.lower(): key for key, kind in kinds.items()} | {key: key for key in kinds}
+    if bare not in names:
+        raise ValueError(f"method {name!r}: expected one of {', '.join(kinds)}")
+    return names[bare]
 
 
 def _defaults(kind: type) -> dict[str, Any]:
@@ -181,29 +193,39 @@ def _as_json(kind: Any, settings: Sequence[Setting]) -> dict[str, Any]:
     }
 
 
-def _table(*headings: str) -> Table:
+def _print_family(console: Console, heading: str, kinds: Mapping[str, Any]) -> None:
+    """Print a table, or, where the window is narrow, a block a method."""
+    rows = [
+        {
+            heading: key,
+            "rule": kind.summary.rule,
+            "statistic": kind.summary.statistic,
+            "scope": kind.summary.scope,
+            "knobs (default)": ", ".join(f"{knob}={value}" for knob, value in _defaults(kind).items()),
+            "reduction": kind.summary.reduction,
+            "source": kind.summary.source,
+        }
+        for key, kind in kinds.items()
+    ]
+    rows = [{name: cell for name, cell in row.items() if cell is not None} for row in rows]
+    if console.width < _WIDE:
+        for row in rows:
+            print("\n".join(f"{'' if name == heading else '    '}{name}: {cell}" for name, cell in row.items()))
+            print()
+        return
     table = Table(box=None, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row.values()))  # Text: brackets are no markup
+    console.print(table)
+    console.print()
 
 
-def _family_table(heading: str, kinds: Mapping[str, Any]) -> Table:
-    table = _table(heading, "rule", "statistic", "scope", "knobs (default)", "source")
-    for key, kind in kinds.items():
-        knobs = ", ".join(f"{knob}={value}" for knob, value in _defaults(kind).items())
-        summary = kind.summary
-        cells = (key, summary.rule, summary.statistic, summary.scope, knobs, summary.source)
-        table.add_row(*(Text(cell) for cell in cells))  # Text: brackets are no markup
-    return table
-
-
-def _settings_table(settings: Sequence[Setting]) -> Table:
-    table = _table("setting", "spec", "source")
-    table.columns[1].no_wrap = True  # to be copied
+def _print_settings(settings: Sequence[Setting]) -> None:
+    """Print each spec on a line of its own, to be copied, and what it is below."""
     for setting in settings:
-        table.add_row(*(Text(cell) for cell in dataclasses.astuple(setting)))
-    return table
+        print(f"{setting.spec}\n    {setting.label}: {setting.source}")
 
 
 def _quieten_frameworks() -> None:

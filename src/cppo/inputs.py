@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .methods import CORRECTIONS, METHODS, Correction, Method, needed_inputs
+from .methods import CORRECTIONS, METHODS, Correction, GeometricMask, Method, needed_inputs
 from .ops.context_parallel import ContextParallel
 from .ops.gates import check_gate
 from .ops.layout import Layout, PackedLayout, PaddedLayout
@@ -224,6 +224,12 @@ def _check_corrections(
             raise TypeError(
                 f"correction={one!r}: expected one of {', '.join(c.__name__ for c in CORRECTIONS.values())}"
             )
+    weighing = [type(one).__name__ for one in corrections if not isinstance(one, GeometricMask)]
+    if len(weighing) > 1:
+        raise ValueError(
+            f"correction: expected one that weighs, and any number of GeometricMask, got {', '.join(weighing)}; two "
+            "would weigh by q / mu twice"
+        )
     if proximal_logp is None:
         if corrections:
             raise ValueError(
@@ -255,6 +261,9 @@ def check_batch(
     context_parallel: ContextParallel | None = None,
 ) -> Batch:
     """Check the arguments of ``decide`` and bring them into one form; errors name argument, value, expectation."""
+    given: object = method
+    if isinstance(given, type) and given in METHODS.values():
+        raise TypeError(f"method={method!r}: expected an instance, such as cppo.{given.__name__}()")
     if type(method) not in METHODS.values():
         raise TypeError(f"method={method!r}: expected one of {', '.join(c.__name__ for c in METHODS.values())}")
     gate = getattr(method, "gate", None)

@@ -58,7 +58,7 @@ def decide(
         method: a method from :data:`cppo.METHODS`.
         logp: log pi(y_t) under the current policy, floating, at the sampling temperature. Detached here.
         rollout_logp: log mu(y_t) as the sampler computed it, same shape.
-        advantages: ``[B]``, or token-shaped.
+        advantages: ``[B]``, one a row or packed segment, or token-shaped.
         response_mask: token-shaped; bool, or numbers of which all but 0 count as True; None: every token.
         lengths: packed layout only: ``[B]`` integers that sum to N. Checked on the host for a list or a CPU tensor;
             on an accelerator a wrong sum is not seen (looking would stall it).
@@ -68,8 +68,8 @@ def decide(
             it (ESTR).
         proximal_logp: token-shaped log q(y_t): the trainer's own log-probs at the weights that sampled. With it the
             method's ratio and divergence are taken to q, and ``correction`` weighs by q / mu.
-        correction: one of :data:`cppo.CORRECTIONS`, or several, whose weights are multiplied: the mismatch between the
-            sampling engine and the trainer. Needs ``proximal_logp``.
+        correction: one of :data:`cppo.CORRECTIONS`, or one that weighs and masks (``GeometricMask``) besides: the
+            mismatch between the sampling engine and the trainer. Needs ``proximal_logp``.
         context_parallel: how the responses are cut over ranks, if they are: each rank passes its own tokens and gets
             the uncut response's decision on them. Numbers a response are exchanged, no tokens. All ranks must call.
 

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
     """Return the name and the options of ``name?key=value&...``.
 
-    Values are numbers, true, false, JSON lists or, if none of these, text.
+    Values are numbers, true, false, None, JSON lists or, if none of these, text.
 
     Raises:
         ValueError: if the part after "?" is not ``key=value&...``, or names a key twice.
@@ -31,9 +31,14 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _parse_value(text: str) -> object:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    words = {"true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    if text == "None":  # as `cppo methods` prints it; "none" is a word of its own
+        return None
+    for read in (json.loads, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text

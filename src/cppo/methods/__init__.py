@@ -48,7 +48,8 @@ def make_method(name: str, **knobs: Any) -> Method:
 
 def _make(role: str, kinds: Mapping[str, type[Kind]], name: str, knobs: Mapping[str, Any]) -> Kind:
     if name not in kinds:
-        raise ValueError(f"{role}={name!r}: expected one of {', '.join(kinds)}")
+        hint = ", a correction," if role == "method" and name in CORRECTIONS else ""
+        raise ValueError(f"{role}={name!r}{hint}: expected one of {', '.join(kinds)}")
     fields = dataclasses.fields(kinds[name])  # type: ignore[arg-type]  # all are dataclasses
     known = [field.name for field in fields]
     for knob in knobs:

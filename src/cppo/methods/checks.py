@@ -21,8 +21,10 @@ class Summary:
     rule: str
     statistic: str  # what the rule looks at
     scope: Literal["token", "prefix", "response"]  # how much of the response decides one token
-    reduction: Literal["token-mean", "sequence-mean", "fixed-length"]  # as published
     source: str
+    reduction: Literal["token-mean", "sequence-mean", "fixed-length"] | None = (
+        None  # as published; a correction has none
+    )
     needs: tuple[str, ...] = ()  # arguments of `decide` that the log-probs do not give
 
 
@@ -52,6 +54,13 @@ def check_width(owner: object, *names: str) -> None:
     """Refuse knobs that are not in [0, inf)."""
     for name in names:
         check_number(owner, name, 0, math.inf)
+
+
+def check_order(owner: object, low: str, high: str) -> None:
+    """Refuse a lower bound above the upper one."""
+    if getattr(owner, low) > getattr(owner, high):
+        bounds = f"{low}={getattr(owner, low)!r}, {high}={getattr(owner, high)!r}"
+        raise ValueError(f"{type(owner).__name__}({bounds}): expected {low} <= {high}")
 
 
 def given(owner: object, *names: str) -> list[str]:

@@ -9,10 +9,9 @@ weigh by rho twice.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import ClassVar, Literal
 
-from .checks import Summary, check_choice, check_number, check_positive, check_width
+from .checks import Summary, check_choice, check_order, check_positive, check_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,6 @@ class TIS:
         rule="weight min(B, cap)",
         statistic="q / mu",
         scope="token",
-        reduction="token-mean",
         source="verl, TRL",
         needs=("proximal_logp",),
     )
@@ -67,7 +65,6 @@ class MIS:
         rule="weight B where low <= B <= high, else 0",
         statistic="q / mu",
         scope="token",
-        reduction="token-mean",
         source="TRL, verl",
         needs=("proximal_logp",),
     )
@@ -75,7 +72,8 @@ class MIS:
     def __post_init__(self) -> None:
         check_choice(self, "scope", ("token", "sequence"))
         check_positive(self, "high")
-        check_number(self, "low", 0, self.high)
+        check_width(self, "low")
+        check_order(self, "low", "high")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,14 +117,13 @@ class GeometricMask:
         rule="responses: low <= geometric mean of B <= high",
         statistic="geometric mean of q / mu",
         scope="response",
-        reduction="token-mean",
         source="verl",
         needs=("proximal_logp",),
     )
 
     def __post_init__(self) -> None:
-        check_width(self, "low")
-        check_number(self, "high", self.low, math.inf)
+        check_width(self, "low", "high")
+        check_order(self, "low", "high")
 
 
 Correction = TIS | MIS | GeometricMask

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import ClassVar
 
-from .checks import Summary, check_flag, check_number, check_positive, check_width, given
+from .checks import Summary, check_flag, check_number, check_order, check_positive, check_width, given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,8 @@ class GRPO:
     Source: PPO (arXiv 1707.06347), GRPO (arXiv 2402.03300), DAPO (arXiv 2503.14476), dual clip (arXiv 1912.09729).
     Paper and code: the ratio is taken to the rollout policy, as in the studies of trust regions; verl's vanilla loss
     takes it to the trainer's recomputation unless its bypass mode is on. Without the dual clip A < 0 with rho >> 1 is
-    never clipped: a known hole, kept.
+    never clipped: a known hole, kept. GRPO's paper averages over the tokens of each response (``"sequence-mean"``),
+    DAPO over all tokens (``"token-mean"``).
 
     Args:
         clip_low: lower bound's distance from 1, >= 0; 1 or more disables it. PPO, DAPO: 0.2.
@@ -73,7 +74,8 @@ class CISPO:
 
     def __post_init__(self) -> None:
         check_positive(self, "cap")
-        check_number(self, "floor", 0, self.cap)
+        check_width(self, "floor")
+        check_order(self, "floor", "cap")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,12 @@ def check_gate(gate: Callable[[Tensor], Tensor]) -> None:
 
 def _check_gate_in(gate: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     x = torch.tensor(_PROBES, dtype=dtype)
-    g = gate(x.clone())
+    try:
+        g = gate(x.clone())
+    except Exception as error:
+        raise TypeError(
+            f"gate={gate!r}: expected a function of a tensor; it raised {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(g, Tensor) or g.shape != x.shape or g.dtype != x.dtype:
         found = f"{g.dtype} {list(g.shape)}" if isinstance(g, Tensor) else type(g).__name__
         raise TypeError(f"gate={gate!r}: expected a tensor like x ({x.dtype} {list(x.shape)}), got {found}")
