@@ -21,6 +21,13 @@ def cppo_command(*arguments, cwd=None):
     )  # fmt: skip
 
 
+def test_without_the_train_extra_the_command_says_what_is_missing():
+    code = "import sys; sys.modules['typer'] = None; from cppo.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "cppo: the command line needs typer: pip install 'cppo[train]'\n"
+
+
 @pytest.mark.parametrize("name", [[], ["train"], ["eval"], ["methods"]])
 def test_help_has_examples(name):
     done = cppo_command(*name, "--help")
@@ -79,7 +86,8 @@ def test_a_narrow_window_gets_blocks_and_no_broken_words():
         (["train", "--resume", "nowhere", "--seed", "3"], "expected no other settings"),
         (["train", "--name", "a/b"], "'a/b'"),
         (["train", "--root", "/proc/nowhere"], "/proc/nowhere"),
-        (["train", "--report-to", "no_such_tracker"], "no_such_tracker"),
+        (["train", "--report-to", "no_such_tracker"], "report_to='no_such_tracker': expected a tracker"),
+        (["train", "--report-to", "wandb"], "report_to='wandb': expected a tracker that is known and installed"),
         (["eval", "./nowhere", "--task", "running_sum"], "nowhere"),
         (["eval", "./nowhere"], "--task"),
     ],

@@ -287,12 +287,21 @@ def start_run(config: RunConfig, path: Path) -> RunFolder:
     task = make_task(config.task)
     for split in SPLITS:
         task.problems(split, 1, config.seed)  # a task without problems of one kind says so
-    get_reporting_integration_callbacks(list(config.report_to))  # a tracker that is unknown or not installed
+    _check_trackers(config.report_to)
     if config.model == "tiny":
         check_demonstrated(task)
     else:
         check_pretrained(config.model, config.gguf_file)
     return RunFolder.create(path, dump_config(config, _versions()))
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    for name in names:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()  # one that is not installed says so when it is made
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ValueError(f"report_to={name!r}: expected a tracker that is known and installed; {error}") from error
 
 
 def check_demonstrated(task: Task) -> str:
