@@ -378,7 +378,8 @@ def test_the_gradient_scales_with_the_advantage(method, batch, power):
     scaled = [dataclasses.replace(r, advantages=tuple(a * 2.0**power for a in r.advantages)) for r in batch]
     for reduction in ({"reduction": "token-mean"}, {"reduction": "sequence-mean"}):
         _, gradient = padded(batch).loss(method, **reduction)
-        assert torch.equal(padded(scaled).loss(method, **reduction)[1], gradient * 2.0**power)
+        found, wanted = padded(scaled).loss(method, **reduction)[1], gradient * 2.0**power
+        assert ((found - wanted).abs() <= 1e-290).all()  # exact, but for numbers so small that they have fewer digits
 
 
 @settings(max_examples=30)

@@ -30,7 +30,7 @@ def sigmoid_gate(x: Tensor) -> Tensor:
 
     Admissible since 1 + e^{2u} >= 2 (1 + u); SAPO's own sech^2 leaves 1 with slope 0, so x g(x) would exceed 1.
     """
-    return (-2.0 * (x.clamp(min=1.0) - 1.0)).sigmoid_().mul_(2.0)
+    return 2.0 / ((2.0 * (x.clamp(min=1.0) - 1.0)).exp_() + 1.0)
 
 
 # Where a gate is looked at: [0, 1], just beyond 1, far beyond, and at infinity.
@@ -85,8 +85,9 @@ def _check_gate_in(gate: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None
 
 def saturating_gate(log_ratio: Tensor, temperature: Tensor) -> Tensor:
     """Return 4 sigmoid(x) sigmoid(-x) = sech^2(x / 2), x = tau (rho - 1), SAPO's attenuation: 1 at rho = 1."""
-    x = temperature * log_ratio.clamp(max=MAX_LOG_RATIO).expm1_()
-    return x.sigmoid().mul_((-x).sigmoid_()).mul_(4.0).clamp_(max=1.0)
+    # By exp alone, 4 e / (1 + e)^2: on a CPU sigmoid rounds the last elements of a tensor otherwise than the others.
+    e = (temperature * log_ratio.clamp(max=MAX_LOG_RATIO).expm1_()).abs_().neg_().exp_()
+    return (4.0 * e / (1.0 + e).square_()).clamp_(max=1.0)
 
 
 def clips(advantages: Tensor, log_ratio: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
