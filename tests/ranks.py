@@ -17,10 +17,11 @@ import sys
 import threading
 
 import torch
+import torch.distributed as dist
 from layouts import Response, packed, padded
 
 import cppo
-import cppo.ops.context_parallel
+from cppo.ops import collectives
 
 HERE = pathlib.Path(__file__).resolve()
 SECONDS = 120
@@ -140,6 +141,10 @@ class _Meeting:
         self.barrier.wait()
         return gathered
 
+    def all_reduce_(self, rank, values, operation, group):
+        gathered = self.all_gather(rank, values)
+        return values.copy_(gathered.amax(0) if operation == dist.ReduceOp.MAX else gathered.sum(0))
+
 
 def run_threads(world, job, monkeypatch):
     """Return [job(rank, context) for each rank], each in a thread, and the sizes of what rank 0 exchanged.
@@ -148,9 +153,9 @@ def run_threads(world, job, monkeypatch):
     """
     meeting = _Meeting(world)
     here = threading.local()
-    module = cppo.ops.context_parallel
-    monkeypatch.setattr(module, "_all_gather", lambda values, group: meeting.all_gather(here.rank, values))
-    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(collectives, "all_gather", lambda values, group: meeting.all_gather(here.rank, values))
+    monkeypatch.setattr(collectives, "all_reduce_", lambda *arguments: meeting.all_reduce_(here.rank, *arguments))
+    monkeypatch.setattr(collectives, "rank_of", lambda group, argument: here.rank)
     answers, errors = [None] * world, []
 
     def live(rank):
@@ -186,8 +191,6 @@ def run_processes(world, folder, question):
 
 
 def main():
-    import torch.distributed as dist
-
     rank, world, meeting, question, answer = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)

@@ -43,6 +43,8 @@ from .objective import PolicyLoss, decide, policy_loss
 from .ops.context_parallel import ContextParallel
 from .ops.divergence import binary_kl, binary_tv, exact_kl, exact_tv, topk_kl, topk_tv
 from .ops.gates import sigmoid_gate
+from .ops.token_statistics import TokenStatistics, TopK, token_statistics, topk_log_probs
+from .ops.vocab_parallel import VocabParallel
 
 __version__ = "0.1.0"
 
@@ -75,7 +77,10 @@ __all__ = [
     "PolicyLoss",
     "TRMAvg",
     "TRMMax",
+    "TokenStatistics",
+    "TopK",
     "Trace",
+    "VocabParallel",
     "binary_kl",
     "binary_tv",
     "decide",
@@ -88,6 +93,8 @@ __all__ = [
     "policy_loss",
     "sigmoid_gate",
     "theory",
+    "token_statistics",
     "topk_kl",
+    "topk_log_probs",
     "topk_tv",
 ]

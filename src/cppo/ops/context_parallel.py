@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import collectives
 from .layout import Layout, PackedLayout, PaddedLayout
 from .selection import flat_clamped_percentile
 
@@ -48,9 +49,8 @@ class ContextParallel:
 
     def shard(self, part: PaddedLayout | PackedLayout) -> Layout:
         """Return the layout that answers for the uncut responses; every rank of the group must call it."""
-        if not dist.is_initialized():
-            raise ValueError("context_parallel: expected an initialised process group (torch.distributed)")
-        chunks = [dist.get_rank(self.group)] if self.chunks is None else list(self.chunks)
+        rank = collectives.rank_of(self.group, "context_parallel")
+        chunks = [rank] if self.chunks is None else list(self.chunks)
         device = part.mask.device
         # Filled, not copied: a copy from the host would wait for the device.
         mine = torch.stack([torch.full((), c, dtype=torch.int64, device=device) for c in chunks])
@@ -62,28 +62,21 @@ class ContextParallel:
                 f"logp: expected a multiple of {len(chunks)} rows, one for each of a response's chunks "
                 f"{tuple(chunks)} on this rank, got {rows}"
             )
-        return ShardedLayout(part, mine, lambda values: _all_gather(values, self.group))
+        return ShardedLayout(part, mine, lambda values: collectives.all_gather(values, self.group))
 
     def _check_agreement(self, rows: int, mine: Tensor) -> None:
         """Raise on every rank or on none, so that none waits for a rank that has left."""
-        shapes = _all_gather(torch.tensor([rows, len(mine)]), self.group).tolist()
+        shapes = collectives.all_gather(torch.tensor([rows, len(mine)]), self.group).tolist()
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(
                 "context_parallel: expected as many rows and chunks on every rank, got "
                 + ", ".join(f"{r} rows of {c} chunks" for r, c in shapes)
             )
-        everywhere = sorted(_all_gather(mine, self.group).flatten().tolist())
+        everywhere = sorted(collectives.all_gather(mine, self.group).flatten().tolist())
         if everywhere != list(range(len(everywhere))):
             raise ValueError(
                 f"context_parallel: expected the chunks 0 to {len(everywhere) - 1}, each on one rank, got {everywhere}"
             )
-
-
-def _all_gather(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Return every rank's values, ``[W, ...]``, in the order of the ranks."""
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, values.contiguous(), group=group)
-    return torch.stack(parts)
 
 
 class ShardedLayout:

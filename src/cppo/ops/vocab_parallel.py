@@ -1,0 +1,50 @@
+"""A vocabulary whose logits are spread over ranks: what of a softmax must be exchanged, and nothing more."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch.distributed as dist
+from torch import Tensor
+
+from . import collectives
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VocabParallel:
+    """How the vocabulary is cut over the ranks of a process group: each holds some rows of the output weight.
+
+    Every rank passes the same hidden states and token ids, and its own slice of weight and bias. The hidden states'
+    gradient comes out whole on every rank, each weight slice's gradient on its own. A few numbers a token are
+    exchanged, no logits.
+
+    Args:
+        group: the ranks among which the vocabulary is cut; None: the default group.
+        start: the token id of this rank's first row; None: rank times rows, for slices of one size (Megatron's).
+    """
+
+    group: dist.ProcessGroup | None = None
+    start: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.start is not None and (
+            isinstance(self.start, bool) or not isinstance(self.start, int) or self.start < 0
+        ):
+            raise ValueError(f"start={self.start!r}: expected an integer >= 0, or None")
+
+    def first_id(self, rows: int) -> int:
+        """Return the token id of this rank's first row."""
+        rank = collectives.rank_of(self.group, "vocab_parallel")
+        return rank * rows if self.start is None else self.start
+
+    def maximum_(self, values: Tensor) -> Tensor:
+        """Return the largest over the ranks, in place."""
+        return collectives.all_reduce_(values, dist.ReduceOp.MAX, self.group)
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Return the sum over the ranks, in place."""
+        return collectives.all_reduce_(values, dist.ReduceOp.SUM, self.group)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return every rank's values, ``[W, ...]``."""
+        return collectives.all_gather(values, self.group)
