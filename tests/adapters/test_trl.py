@@ -1,127 +1,26 @@
 """The adapter against TRL's real trainer: parameter gradients against the closed form from full logits."""
 
 import dataclasses
-import warnings
 
 import pytest
 import torch
-from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+import trl
+import trl_training
+from trl import GRPOTrainer
+from trl_training import (
+    closed_form_gradient,
+    full_log_probs,
+    make_config,
+    make_model,
+    make_trainer,
+    relative_error,
+)
 
 import cppo
 from cppo.adapters import trl as adapter
+from cppo.adapters.trl.configuration import check_surface
 
 pytestmark = pytest.mark.train
-
-LETTERS = "abcdefgh"
-
-
-def make_tokenizer():
-    vocabulary = {letter: index for index, letter in enumerate([*LETTERS, ".", "_"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="_"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=".", pad_token="_")
-
-
-def make_model(seed=0):
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=10, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=9, eos_token_id=8,
-        initializer_range=0.3,
-    )  # fmt: skip
-    return Qwen3ForCausalLM(config)
-
-
-def reward_letters(completions, **_):
-    # Uneven and never constant within a group, so that every response has an advantage.
-    return [sum(ord(letter) % 5 for letter in text) + 0.1 * index for index, text in enumerate(completions)]
-
-
-def make_config(tmp_path, **overrides):
-    settings = {
-        "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4,
-        "num_generations": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2,
-        "max_completion_length": 7, "max_steps": 6, "learning_rate": 2e-2, "lr_scheduler_type": "constant",
-        "max_grad_norm": 1e9, "gradient_checkpointing": False, "report_to": [], "logging_steps": 1,
-        "save_strategy": "no", "disable_tqdm": True, "top_k": 0, "loss_type": "dapo", "seed": 3,
-    }  # fmt: skip
-    return adapter.GRPOConfig(**(settings | overrides))
-
-
-class Recorder(adapter.TrustRegionTrainer):
-    """Keeps every micro-batch's inputs, and each optimizer step's gradient with the weights it was taken at."""
-
-    def __init__(self, *args, **kwargs):
-        self.micro_batches, self.steps = [], []
-        super().__init__(*args, **kwargs)
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        # _prepare_inputs is called inside; the buffered batch of this micro-step is what the loss saw.
-        index = (self._step - 1) % self.args.steps_per_generation
-        self.micro_batches.append(self._buffered_inputs[index])
-        if len(self.micro_batches) == self.args.gradient_accumulation_steps:
-            gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-            weights = {name: value.clone() for name, value in model.state_dict().items()}
-            self.steps.append((self.micro_batches, gradient, weights))
-            self.micro_batches = []
-        return loss
-
-
-def make_trainer(tmp_path, method, *, kind=Recorder, rollout_func=None, **overrides):
-    prompts = Dataset.from_dict({"prompt": ["abc", "h", "gfed", "ba", "cc", "dea", "fh", "aaaa"]})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return kind(
-            make_model(), reward_letters, make_config(tmp_path, **overrides), prompts,
-            processing_class=make_tokenizer(), method=method, rollout_func=rollout_func,
-        )  # fmt: skip
-
-
-def full_log_probs(model, batch, temperature):
-    """log pi of the sampled tokens from the full logits, by plain log_softmax."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1] / temperature
-    width = batch["completion_ids"].shape[1]
-    return logits.log_softmax(-1)[:, -width:].gather(2, batch["completion_ids"][..., None])[..., 0]
-
-
-def normaliser(loss_type, batch, config, mask):
-    """Per-token divisors of TRL's documented aggregations, written here from its documentation."""
-    accumulation = config.gradient_accumulation_steps
-    if loss_type == "dapo":  # mean over the tokens of one optimizer step's share of the rollout
-        return batch["num_items_in_batch"] * accumulation / config.steps_per_generation
-    if loss_type == "grpo":
-        return mask.sum(1, keepdim=True).clamp(min=1) * len(mask) * accumulation
-    if loss_type == "dr_grpo":
-        return len(mask) * config.max_completion_length * accumulation
-    return mask.sum() * accumulation  # bnpo
-
-
-def closed_form_gradient(trainer, micro_batches, weights, rollout_logp=None):
-    """The parameter gradient of -sum k A logp / normaliser from full logits, k from the core on those log-probs."""
-    model = make_model()
-    model.load_state_dict(weights)
-    config, decisions = trainer.args, []
-    for index, batch in enumerate(micro_batches):
-        mask = batch["completion_mask"]
-        logp = full_log_probs(model, batch, config.temperature)
-        rollout = batch["sampling_per_token_logps"] if rollout_logp is None else rollout_logp[index]
-        decision = cppo.decide(trainer.method, logp, rollout, batch["advantages"], mask)
-        decisions.append(decision)
-        weighted = decision.coefficient * batch["advantages"][:, None] * torch.where(mask > 0, logp, 0.0)
-        (-(weighted / normaliser(config.loss_type, batch, config, mask)).sum()).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, decisions
-
-
-def relative_error(found, expected):
-    scale = max(value.abs().max() for value in expected.values())
-    distance = max((found[name] - expected[name]).abs().max() for name in expected)
-    return distance / scale if scale > 0 else distance  # where everything is rejected, exactly 0 is expected
-
 
 METHODS = {
     "cppo": cppo.CPPO(delta=0.02, delta_b=0.002),
@@ -240,7 +139,7 @@ def noisy_engine(prompts, trainer):
 def test_engine_log_probs_are_the_rollout_policy_and_nan_gives_no_gradient(tmp_path):
     method = cppo.CPPO(delta=0.05, delta_b=0.01)
     schedule = {"gradient_accumulation_steps": 4, "num_iterations": 1, "max_steps": 2}
-    trainer = make_trainer(tmp_path, method, rollout_func=noisy_engine, **schedule)
+    trainer = make_trainer(tmp_path, method, arguments={"rollout_func": noisy_engine}, **schedule)
     with pytest.warns(UserWarning, match="NaN or infinite"):
         trainer.train()
     for micro_batches, gradient, weights in trainer.steps:
@@ -298,9 +197,8 @@ def test_what_cannot_work_is_refused_with_the_reason(tmp_path, overrides, messag
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (cppo.CPPO(divergence="topk_tv"), "divergence='topk_tv'.* TRL keeps only the sampled token's log-prob"),
-        (cppo.TRM(divergence="exact_kl"), "divergence='exact_kl'.* TRL keeps only the sampled token's log-prob"),
-        (cppo.ESTR(tau=1.0), "ESTR.* needs no rollout_entropy; TRL keeps only the sampled token's log-prob"),
+        (cppo.TRM(divergence="exact_kl"), "divergence='exact_kl'.* needs no divergence; from TRL come"),
+        (cppo.ESTR(tau=1.0), "ESTR.* needs no rollout_entropy; from TRL come the sampled token's log-prob"),
     ],
 )
 def test_a_method_that_needs_what_trl_does_not_keep_is_refused_with_the_reason(tmp_path, method, message):
@@ -315,7 +213,7 @@ def test_a_method_that_needs_what_trl_does_not_keep_is_refused_with_the_reason(t
 def test_a_model_that_truncates_by_itself_is_refused(tmp_path, monkeypatch, name, value, config):
     made = make_model()
     setattr(made.generation_config, name, value)
-    monkeypatch.setitem(globals(), "make_model", lambda: made)
+    monkeypatch.setattr(trl_training, "make_model", lambda: made)
     with pytest.raises(ValueError, match=rf"model\.generation_config\.{name}="):
         make_trainer(tmp_path, cppo.CPPO(), **config)
 
@@ -323,23 +221,23 @@ def test_a_model_that_truncates_by_itself_is_refused(tmp_path, monkeypatch, name
 def test_what_the_configuration_sets_itself_the_model_does_not_change(tmp_path, monkeypatch):
     made = make_model()
     made.generation_config.top_k = 1
-    monkeypatch.setitem(globals(), "make_model", lambda: made)
+    monkeypatch.setattr(trl_training, "make_model", lambda: made)
     make_trainer(tmp_path, cppo.CPPO(), top_k=0)
 
 
 def test_a_drifted_hook_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter.GRPOTrainer, "get_off_policy_mask", lambda advantages, mask: None)
+    monkeypatch.setattr(GRPOTrainer, "get_off_policy_mask", lambda advantages, mask: None)
     with pytest.raises(ImportError, match="get_off_policy_mask"):
         make_trainer(tmp_path, cppo.CPPO())
 
 
 def test_an_old_trl_is_refused_and_a_new_one_warned_about(tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter.trl, "__version__", "1.9.0")
+    monkeypatch.setattr(trl, "__version__", "1.9.0")
     with pytest.raises(ImportError, match=r">= 1\.10"):
         make_trainer(tmp_path, cppo.CPPO())
-    monkeypatch.setattr(adapter.trl, "__version__", "1.17.0")
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
     with pytest.warns(UserWarning, match="newer than"):
-        adapter._check_surface()
+        check_surface()
 
 
 def test_the_configuration_of_the_user_is_not_changed(tmp_path):

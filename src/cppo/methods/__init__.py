@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from cppo.specs import parse_spec
 
-from .checks import DIVERGENCES, ESTIMATORS, SAMPLED_DIVERGENCES, Divergence, Summary
+from .checks import DIVERGENCES, ESTIMATORS, SAMPLED_DIVERGENCES, TOPK_DIVERGENCES, Divergence, Summary
 from .corrections import CORRECTIONS, MIS, TIS, Correction, GeometricMask, IcePop
 from .divergence_regions import CPPO, DPPO, DRPO, ESTR, IPO, TRM, TRMAvg, TRMMax
 from .ratio_regions import CISPO, CTPO, GMPO, GRPO, GSPO, PNPO, SAPO, MinPRO, PolicyGradient
@@ -71,10 +71,21 @@ def parse_correction(spec: str) -> Correction:
     return _make("correction", CORRECTIONS, *parse_spec(spec))
 
 
-def needed_inputs(method: Method) -> tuple[str, ...]:
-    """Return which arguments of ``decide`` the method needs besides the sampled tokens' log-probs and advantages."""
+def takes_topk(method: Method) -> bool:
+    """Return True for a method whose divergence is measured on the rollout policy's likeliest tokens."""
+    return getattr(method, "divergence", "binary_tv") in TOPK_DIVERGENCES
+
+
+def needed_inputs(method: Method, *, topk: bool = False) -> tuple[str, ...]:
+    """Return which arguments of ``decide`` the method needs besides the sampled tokens' log-probs and advantages.
+
+    Args:
+        method: the method.
+        topk: whether a top-K divergence can be measured, so that it need not be asked for.
+    """
     measured = getattr(method, "divergence", "binary_tv") not in SAMPLED_DIVERGENCES
-    return (*(("divergence",) if measured else ()), *method.summary.needs)
+    missing = measured and not (topk and takes_topk(method))
+    return (*(("divergence",) if missing else ()), *method.summary.needs)
 
 
 def method_name(method: Method) -> str:
@@ -103,6 +114,7 @@ __all__ = [
     "SAPO",
     "SETTINGS",
     "TIS",
+    "TOPK_DIVERGENCES",
     "TRM",
     "Correction",
     "Divergence",
@@ -120,4 +132,5 @@ __all__ = [
     "needed_inputs",
     "parse_correction",
     "parse_method",
+    "takes_topk",
 ]

@@ -9,6 +9,7 @@ from typing import Literal
 
 Divergence = Literal["binary_tv", "binary_kl", "topk_tv", "topk_kl", "exact_tv", "exact_kl"]
 DIVERGENCES: tuple[str, ...] = ("binary_tv", "binary_kl", "topk_tv", "topk_kl", "exact_tv", "exact_kl")
+TOPK_DIVERGENCES: tuple[str, ...] = ("topk_tv", "topk_kl")
 ESTIMATORS: tuple[str, ...] = ("k2", "k3")
 # These need only the sampled token's two log-probs; for the others the caller passes the measured tensor.
 SAMPLED_DIVERGENCES: tuple[str, ...] = ("binary_tv", "binary_kl", *ESTIMATORS)

@@ -22,6 +22,7 @@ IGNORED = -100  # the id that says "no token here", as torch's cross-entropy has
 # A difference to the row's largest logit counts as no less where it is multiplied by its exponential, which is 0 (in
 # float64 1e-87): -inf times 0 would be NaN.
 _LOWEST = -200.0
+_TINY = 1e-30  # beside a gradient
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -210,12 +211,16 @@ class _Gradients:
             if grad_entropy is None or entropy is None:
                 row, own, e = grad_logp[chunk] / total[chunk], total[chunk], z.exp_()
             else:
-                pull = grad_entropy[chunk, None]
-                level = pull * (entropy[chunk] - total[chunk].log())[:, None] + grad_logp[chunk, None]
-                mix = work.mix(z).mul_(pull).add_(level)
-                row, own, e = 1 / total[chunk], grad_logp[chunk] * total[chunk], z.exp_().mul_(mix)
+                # Relative to the larger one: a loss scaled for float16 would overflow in a factor of that dtype.
+                size = torch.maximum(grad_logp[chunk].abs(), grad_entropy[chunk].abs()).clamp_(min=_TINY)
+                share, pull = grad_logp[chunk] / size, grad_entropy[chunk] / size
+                level = pull * (entropy[chunk] - total[chunk].log()) + share
+                mix = work.mix(z).mul_(pull[:, None]).add_(level[:, None])
+                row, own, e = size / total[chunk], share * total[chunk], z.exp_().mul_(mix)
             factor = work.factor(e, ids[chunk] - plan.start, own)
             self._add(chunk, states, factor, row * -head.slope)
+            if self._bias is not None:  # last, as it writes to e; a product would add token by token, this in a tree
+                self._bias.add_(e.mul_((row * -head.slope)[:, None]).sum(0))
 
     def _add(self, chunk: slice, states: Tensor, factor: Tensor, row: Tensor) -> None:
         head = self._plan.head
@@ -225,8 +230,6 @@ class _Gradients:
             out.copy_(head.back(factor, wide).mul_(row[:, None]))
         if self._weight is not None:
             product(factor.t(), (states * row[:, None]).to(head.operand), self._weight, add=True)
-        if self._bias is not None:
-            product(factor.t(), row[:, None].to(head.operand), self._bias[:, None], add=True)
 
     def finished(self, parallel: VocabParallel | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients in their inputs' dtypes."""

@@ -126,9 +126,10 @@ def check_projection(
 ) -> Projection:
     """Return the projection, if these arguments make one; else raise, naming argument, value and expectation."""
     hidden, weight = _check_matrix("hidden", hidden), _check_matrix("weight", weight)
-    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or not weight.shape[0]:
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or not weight.numel():
         raise ValueError(
-            f"hidden, weight: expected [..., H] and [V, H] (V >= 1), got {list(hidden.shape)} and {list(weight.shape)}"
+            f"hidden, weight: expected [..., H] and [V, H] (V, H >= 1), got {list(hidden.shape)} and "
+            f"{list(weight.shape)}"
         )
     if bias is not None:
         bias = _check_matrix("bias", bias)
@@ -151,7 +152,8 @@ def check_projection(
 
 
 def _operand(device: str, factors: torch.dtype, accumulator: torch.dtype) -> torch.dtype:
-    if device == "cpu":
+    # Autocast leaves float64 as it is.
+    if device == "cpu" or factors == torch.float64:
         return accumulator
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import divergence as divergences
 from .chunked_softmax import IGNORED, ChunkedSoftmax, Pass, Plan, whole_softmax
 from .projection import Projection, check_chunking, check_projection, chunks
-from .vocab_parallel import VocabParallel
+from .vocab_parallel import VocabParallel, first_id
 
 _BINARY: dict[str, Callable[..., Tensor]] = {"binary_tv": divergences.binary_tv, "binary_kl": divergences.binary_kl}
 _TOPK: dict[str, Callable[..., Tensor]] = {"topk_tv": divergences.topk_tv, "topk_kl": divergences.topk_kl}
@@ -105,11 +105,11 @@ def token_statistics(
     _check_rollout(divergence, hidden, rollout_logp, topk_ids, rollout_topk_logp)
     if logp is not None:
         _check_given(logp, hidden, entropy, vocab_parallel)
-    start = 0 if vocab_parallel is None else vocab_parallel.first_id(head.vocabulary)
+    start = first_id(vocab_parallel, head.vocabulary)
     ids = token_ids.reshape(-1).to(torch.int64)
     wanted = ids[:, None]
     if divergence in _TOPK and topk_ids is not None:
-        wanted = torch.cat([wanted, topk_ids.reshape(len(ids), -1).to(torch.int64)], 1)
+        wanted = torch.cat([wanted, topk_ids.reshape(len(ids), topk_ids.shape[-1]).to(torch.int64)], 1)
     if vocab_parallel is None and wanted.device.type == "cpu":
         _check_range(wanted, head.vocabulary)
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -169,7 +169,7 @@ def topk_log_probs(
     check_chunking(chunk_tokens, memory_budget)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k={k!r}: expected a positive integer")
-    start = 0 if vocab_parallel is None else vocab_parallel.first_id(head.vocabulary)
+    start = first_id(vocab_parallel, head.vocabulary)
     flat = hidden.reshape(-1, hidden.shape[-1])
     work = Pass(Plan(head, chunk_tokens, memory_budget), flat)
     peak, total = work.rows(), work.rows()
@@ -248,6 +248,12 @@ def _check_like(name: str, tensor: object, shape: tuple[int, ...], hidden: Tenso
         raise ValueError(f"{name}: expected hidden's device {hidden.device}, got {tensor.device}")
 
 
+def _check_log_probs(name: str, tensor: object, shape: tuple[int, ...], hidden: Tensor) -> None:
+    _check_like(name, tensor, shape, hidden)
+    if isinstance(tensor, Tensor) and not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected floating point, got {tensor.dtype}")
+
+
 def _check_range(wanted: Tensor, vocabulary: int) -> None:
     sampled, others = wanted[:, 0], wanted[:, 1:]
     wrong = sampled[((sampled < 0) & (sampled != IGNORED)) | (sampled >= vocabulary)]
@@ -277,15 +283,15 @@ def _check_rollout(
                 f"{name}=None: expected the rollout policy's, which divergence={divergence!r} compares with"
             )
     shape = hidden.shape[:-1]
-    _check_like("rollout_logp", rollout_logp, shape, hidden)
+    _check_log_probs("rollout_logp", rollout_logp, shape, hidden)
     if divergence in _TOPK:
         width = topk_ids.shape[-1] if isinstance(topk_ids, Tensor) and topk_ids.dim() else 0
         _check_ids("topk_ids", topk_ids, (*shape, width), hidden)
-        _check_like("rollout_topk_logp", rollout_topk_logp, (*shape, width), hidden)
+        _check_log_probs("rollout_topk_logp", rollout_topk_logp, (*shape, width), hidden)
 
 
 def _check_given(logp: object, hidden: Tensor, entropy: bool, vocab_parallel: VocabParallel | None) -> None:
-    _check_like("logp", logp, hidden.shape[:-1], hidden)
+    _check_log_probs("logp", logp, hidden.shape[:-1], hidden)
     if entropy:
         raise ValueError("entropy=True: expected False beside logp=, from which no entropy follows")
     if vocab_parallel is not None:

@@ -32,11 +32,6 @@ class VocabParallel:
         ):
             raise ValueError(f"start={self.start!r}: expected an integer >= 0, or None")
 
-    def first_id(self, rows: int) -> int:
-        """Return the token id of this rank's first row."""
-        rank = collectives.rank_of(self.group, "vocab_parallel")
-        return rank * rows if self.start is None else self.start
-
     def maximum_(self, values: Tensor) -> Tensor:
         """Return the largest over the ranks, in place."""
         return collectives.all_reduce_(values, dist.ReduceOp.MAX, self.group)
@@ -48,3 +43,13 @@ class VocabParallel:
     def gather(self, values: Tensor) -> Tensor:
         """Return every rank's values, ``[W, ...]``."""
         return collectives.all_gather(values, self.group)
+
+
+def first_id(parallel: VocabParallel | None, rows: int) -> int:
+    """Return the token id of this rank's first row; 0 where the vocabulary is whole."""
+    if parallel is None:
+        return 0
+    if not isinstance(parallel, VocabParallel):
+        raise TypeError(f"vocab_parallel: expected a VocabParallel, got {type(parallel).__name__}")
+    rank = collectives.rank_of(parallel.group, "vocab_parallel")
+    return rank * rows if parallel.start is None else parallel.start

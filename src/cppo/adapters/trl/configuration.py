@@ -1,31 +1,19 @@
-"""Any trust region of this package inside TRL's ``GRPOTrainer``.
-
-How: TRL multiplies its per-token loss by ``get_off_policy_mask(...)``. The adapter answers that hook with the
-coefficient k_t, and hands TRL's own ratio nothing to do: the rollout log-probs travel as
-``sampling_per_token_logps``, so TRL's ratio is exp(logp - logp.detach()) = 1, which no clip of its own touches. The
-gradient is then exactly -k_t A_t / denominator for every method, with TRL's normaliser for the ``loss_type``:
-"dapo" token-mean over the optimizer batch, "grpo" mean over responses, "dr_grpo" fixed length, "bnpo"
-token-mean over a micro-batch. No algorithm of TRL is overridden.
-"""
+"""Which configurations of TRL give the method's gradient; the others are refused with the reason."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import trl
 from packaging.version import Version
-from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from cppo.decision import Decision
-from cppo.methods import CPPO, Method, needed_inputs
-from cppo.metrics import Tally, tally
-from cppo.objective import decide
+from cppo.methods import Method, needed_inputs
 
 # "cispo" is not among them: it caps TRL's ratio, which is 1 here, at epsilon_high (0.2 by default) and would scale the
 # gradient; its normaliser is "dapo"'s.
@@ -71,6 +59,7 @@ _HARMLESS_GENERATION = (
     "eos_token_id",
     "bos_token_id",
 )
+_VLLM_LOG_PROBS = 20  # vLLM's max_logprobs where nothing else is asked for
 
 
 def check_config(config: GRPOConfig, method: Method, *, engine_log_probs: bool) -> None:
@@ -132,11 +121,11 @@ def check_config(config: GRPOConfig, method: Method, *, engine_log_probs: bool) 
     for field, wrong, expected, why in checks:
         if wrong:
             raise ValueError(f"GRPOConfig({field}={getattr(config, field)!r}): expected {expected}; {why}")
-    needed = needed_inputs(method)
+    needed = needed_inputs(method, topk=True)
     if needed:
         raise ValueError(
-            f"method={method!r}: expected one that needs no {' and no '.join(needed)}; TRL keeps only the sampled "
-            "token's log-prob"
+            f"method={method!r}: expected one that needs no {' and no '.join(needed)}; from TRL come the sampled "
+            "token's log-prob and what a top-K divergence takes, no more of the two policies"
         )
     micro_batches = (config.steps_per_generation or 1) * config.num_iterations
     if not engine_log_probs and config.gradient_accumulation_steps % micro_batches == 0:
@@ -148,11 +137,66 @@ def check_config(config: GRPOConfig, method: Method, *, engine_log_probs: bool) 
         )
 
 
+def check_topk(config: GRPOConfig, method: Method, k: object, arguments: Mapping[str, Any]) -> None:
+    """Refuse what a top-K divergence cannot be measured under.
+
+    Args:
+        config: TRL's configuration.
+        method: the trust region, with a top-K divergence.
+        k: how many of the rollout policy's likeliest tokens.
+        arguments: of the trainer.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"divergence_top_k={k!r}: expected a positive integer")
+    for name in ("tools", "environment_factory"):
+        if arguments.get(name):
+            raise ValueError(
+                f"{name}: expected none with {method!r}; the loop of tool calls splices responses together from "
+                "several generations, to which the rollout policy's likeliest tokens do not line up. "
+                "divergence='binary_tv' needs none of them"
+            )
+    colocated = config.use_vllm and config.vllm_mode == "colocate" and not arguments.get("rollout_func")
+    if colocated and k > _VLLM_LOG_PROBS:
+        raise ValueError(
+            f"divergence_top_k={k}: expected at most {_VLLM_LOG_PROBS}, the log-probs a token that a vLLM which TRL "
+            "starts itself gives; a server can be started with a larger --max-logprobs (vllm_mode='server')"
+        )
+
+
+def check_engine(trainer: GRPOTrainer) -> None:
+    """Refuse a vLLM server whose log-probs are not those of the distribution that it samples from."""
+    if not trainer.use_vllm or trainer.vllm_mode != "server" or not trainer.accelerator.is_main_process:
+        return
+    if trainer.rollout_func is not None or trainer.temperature == 1.0:  # at 1, without truncation, both are the same
+        return
+    mode = trainer.vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+    if mode != "processed_logprobs":
+        raise ValueError(
+            f"the vLLM server's --logprobs-mode {mode}: expected processed_logprobs with temperature="
+            f"{trainer.temperature}; its log-probs would not be those of the policy that samples"
+        )
+
+
+def check_whole_head(trainer: GRPOTrainer, why: str) -> None:
+    """Refuse a model whose output weight is spread over processes, or whose hidden states do not match the tokens."""
+    if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "model: expected an output weight that is whole on every process, got one that FSDP or DeepSpeed ZeRO-3 "
+            f"shards; {why}"
+        )
+    peft = getattr(trainer.model, "active_peft_config", None)
+    if getattr(peft, "is_prompt_learning", False):
+        raise ValueError(
+            f"peft_config: expected adapters of weights, got {type(peft).__name__}, whose virtual tokens shift the "
+            f"hidden states' places; {why}"
+        )
+
+
 def _generation_kwargs(config: GRPOConfig) -> dict[str, object]:
     return dict(config.generation_kwargs or {})  # type: ignore[arg-type]
 
 
-def _check_own_sampling(model: object, config: GRPOConfig) -> None:
+def check_own_sampling(model: object, config: GRPOConfig) -> None:
     """Refuse what generation would take from the model's own settings, where TRL sets nothing."""
     own = getattr(model, "generation_config", None)
     for name, neutral in _NEUTRAL_SAMPLING.items():
@@ -165,7 +209,7 @@ def _check_own_sampling(model: object, config: GRPOConfig) -> None:
             )
 
 
-def _check_surface() -> None:
+def check_surface() -> None:
     """Refuse a TRL in which the hook is gone or has another meaning."""
     version = Version(trl.__version__)
     if version < Version("1.10"):
@@ -180,80 +224,3 @@ def _check_surface() -> None:
         raise ImportError(
             f"trl {version}: GRPOTrainer.get_off_policy_mask has arguments {found}, not {_HOOK_ARGUMENTS}"
         )
-
-
-class TrustRegionTrainer(GRPOTrainer):
-    """``GRPOTrainer`` with a trust region of this package; all its arguments, and ``method``.
-
-    Raises:
-        ValueError: if the configuration cannot give the method's gradient (see :func:`check_config`).
-        ImportError: if the installed TRL's hook differs from the one that this adapter was written for.
-    """
-
-    def __init__(self, *args: Any, method: Method, **kwargs: Any) -> None:
-        _check_surface()
-        bound = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
-        config = bound.get("args") or GRPOConfig(output_dir="trainer_output")
-        engine_log_probs = bool(config.use_vllm or bound.get("rollout_func"))
-        check_config(config, method, engine_log_probs=engine_log_probs)
-        self.method = method
-        self._tallies: dict[str, Tally] = {}
-        super().__init__(*args, **kwargs)
-        _check_own_sampling(self.model, config)
-        self.off_policy_mask_threshold = 0.0  # any number makes TRL ask the hook
-
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """Let the rollout policy be the sampler: the engine's log-probs where there are any, else the trainer's."""
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        recomputed = output.pop("old_per_token_logps", None)
-        if output.get("sampling_per_token_logps") is None and recomputed is not None:
-            output["sampling_per_token_logps"] = recomputed
-        return output
-
-    def get_off_policy_mask(  # type: ignore[override]  # TRL calls it on self, so an instance method may stand here
-        self,
-        advantages: Tensor,
-        per_token_logps: Tensor,
-        sampling_per_token_logps: Tensor,
-        mask: Tensor,
-        off_policy_threshold: float,
-    ) -> Tensor:
-        """Return k_t, by which TRL multiplies its per-token loss, whose gradient is -A_t grad logp_t."""
-        decision = decide(self.method, per_token_logps, sampling_per_token_logps, advantages, mask)
-        self.on_decision(decision)
-        return decision.coefficient.to(per_token_logps.dtype)
-
-    def _mode(self) -> str:
-        return "train" if self.model is not None and self.model.training else "eval"
-
-    def on_decision(self, decision: Decision) -> None:
-        """Tally one micro-batch on the device; the host reads the sums when TRL logs."""
-        mode, part = self._mode(), tally(decision)
-        self._tallies[mode] = self._tallies[mode] + part if mode in self._tallies else part
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the trust region's metrics, over all micro-batches and processes since the last log, to TRL's."""
-        mode = self._mode()
-        if mode in self._tallies:
-            whole = self._tallies.pop(mode)
-            sums = self.accelerator.reduce(whole.sums, reduction="sum")
-            peaks = self.accelerator.gather(whole.peaks[None]).amax(dim=0)
-            whole = replace(whole, sums=sums, peaks=peaks)
-            values = {name: value.item() for name, value in whole.metrics().items()}
-            first = values.pop("input/first_nonfinite")
-            for name, value in values.items():
-                self._metrics[mode][name].append(value)
-            if values["input/nonfinite"] > 0:
-                warnings.warn(
-                    f"{values['input/nonfinite']:.0f} response tokens had a NaN or infinite log-prob (the first at "
-                    f"index {first:.0f} of its micro-batch); they gave no gradient",
-                    stacklevel=2,
-                )
-        super().log(logs, start_time)
-
-
-class CPPOTrainer(TrustRegionTrainer):
-    """``GRPOTrainer`` with CPPO: ``CPPOTrainer(model, rewards, config, dataset, method=cppo.CPPO(delta=0.15))``."""
-
-    def __init__(self, *args: Any, method: CPPO | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, method=CPPO() if method is None else method, **kwargs)
