@@ -10,7 +10,7 @@ import pytest
 
 import cppo
 from cppo.methods import SETTINGS
-from cppo.specs import parse_spec
+from cppo.specs import parse_spec, with_option
 
 KINDS = [*cppo.METHODS.values(), *cppo.CORRECTIONS.values()]
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -102,3 +102,16 @@ def test_every_method_has_one_rule_and_every_rule_a_method():
     }
     names = {name if not name.startswith("trm") else "trm" for name in cppo.METHODS}
     assert judges == {f"judge_{name}" for name in names}
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted"),
+    [
+        ("cppo", "cppo?divergence=topk_tv"),
+        ("cppo?delta=0.2", "cppo?delta=0.2&divergence=topk_tv"),
+        ("cppo?divergence=binary_kl&delta=0.2", "cppo?delta=0.2&divergence=topk_tv"),
+    ],
+)
+def test_an_option_is_set_once_in_a_spec(spec, wanted):
+    assert with_option(spec, "divergence", "topk_tv") == wanted
+    assert cppo.parse_method(wanted).divergence == "topk_tv"

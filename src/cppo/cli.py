@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cppo.methods import CORRECTIONS, METHODS, SETTINGS, Setting
+from cppo.specs import parse_spec, with_option
 
 # Below this width the table of methods would break words.
 _WIDE = 132
@@ -33,10 +34,18 @@ app = typer.Typer(
 
 @app.command(
     epilog="Examples:  cppo train  |  cppo train --beside policy_gradient  |  "
-    "cppo train --method 'cppo?delta=0.2&budget=adaptive' --rollouts 24  |  cppo train --resume runs/cppo-1"
+    "cppo train --method 'cppo?delta=0.2&budget=adaptive' --rollouts 24  |  cppo train --divergence topk_tv  |  "
+    "cppo train --resume runs/cppo-1"
 )
 def train(
     method: Annotated[str | None, typer.Option(help="Trust region: name, or name?knob=value&knob=value.")] = None,
+    divergence: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --method, if it has one: binary_tv, binary_kl, topk_tv or topk_kl. Methods beside keep their own."
+        ),
+    ] = None,
+    divergence_top_k: Annotated[int | None, typer.Option(help="K of a top-K divergence.")] = None,
     beside: Annotated[
         list[str] | None,
         typer.Option(help="Also run this method from the same start on the same problems. Repeatable."),
@@ -74,16 +83,21 @@ def train(
     options: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in locals().items()
-        if key not in ("config", "name", "root", "resume", "as_json") and value not in (None, [])
+        if key not in ("divergence", "config", "name", "root", "resume", "as_json") and value not in (None, [])
     }
-    if resume is not None and (options or config or name):
-        given = [*options, *(["config"] if config else []), *(["name"] if name else [])]
+    if resume is not None and (options or divergence or config or name):
+        others = {"divergence": divergence, "config": config, "name": name}
+        given = [*options, *(key for key, value in others.items() if value)]
         raise ValueError(f"--resume {resume}: expected no other settings (the run has its own), got {', '.join(given)}")
     from cppo.lab.config import RunConfig, load_config
 
     # The settings are checked before the frameworks take their seconds to load.
     settings = load_config(config) if config else RunConfig()
     settings = dataclasses.replace(settings, **options)
+    if divergence is not None:
+        if method is not None and "divergence" in parse_spec(method)[1]:
+            raise ValueError(f"--divergence {divergence}: expected none beside --method {method!r}, which names one")
+        settings = dataclasses.replace(settings, method=with_option(settings.method, "divergence", divergence))
     _quieten_frameworks()
     from cppo.lab.experiment import begin, carry_on
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 
 def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
@@ -28,6 +28,13 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"{text!r}: the option {key!r} is given twice; expected it once")
         options[key] = _parse_value(value)
     return name, options
+
+
+def with_option(text: str, key: str, value: str) -> str:
+    """Return the spec with that option set, in the place of another value of it."""
+    name, _, query = text.partition("?")
+    parts = [part for part in query.split("&") if part and part.partition("=")[0] != key]
+    return f"{name}?{'&'.join([*parts, f'{key}={quote(value)}'])}"
 
 
 def _parse_value(text: str) -> object:

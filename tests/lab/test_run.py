@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 
 import cppo
@@ -140,28 +141,62 @@ def test_a_run_folder_holds_what_it_promises(unbroken):
     assert summary["cost"]["cpu_seconds"].keys() >= {"generation", "scoring", "updates", "evaluation", "own"}
 
 
+def masked_again(path, method):
+    """Return, for each update with something to learn from, the masked fraction by replay and the logged one."""
+    logged = {row["step"]: row for row in read_metrics(path / "metrics.jsonl")}
+    by_step = {}
+    for row in read_rollouts(path / "rollouts"):
+        # Zero-variance groups were left out of the batch; they are the rows with advantage zero.
+        if row["advantage"] != 0:
+            by_step.setdefault(row["step"], []).append(row)
+    for step, used in by_step.items():
+
+        def packed(name, used=used):
+            return torch.tensor([value for row in used for value in row[name]])
+
+        decision = cppo.decide(
+            method, packed("logp"), packed("rollout_logp"), torch.tensor([row["advantage"] for row in used]),
+            lengths=[len(row["logp"]) for row in used],
+            divergence=None if used[0]["divergence"] is None else packed("divergence"),
+        )  # fmt: skip
+        yield (decision.rejected_by > 0).float().mean().item(), logged[step]["gate/masked_fraction"]
+
+
 def test_the_logged_log_probs_give_the_logged_masked_fraction(unbroken):
     """The rollout log is enough to judge every token again: replay equals what the run did."""
-    method = cppo.parse_method(TINY.method)
-    logged = {row["step"]: row for row in read_metrics(unbroken / "metrics.jsonl")}
-    by_step = {}
-    for row in read_rollouts(unbroken / "rollouts"):
-        by_step.setdefault(row["step"], []).append(row)
-    torch = pytest.importorskip("torch")
-    for step, rows in by_step.items():
-        # Zero-variance groups were left out of the batch; they are the rows with advantage zero.
-        used = [row for row in rows if row["advantage"] != 0]
-        if not used:
-            continue
-        decision = cppo.decide(
-            method,
-            torch.tensor([value for row in used for value in row["logp"]]),
-            torch.tensor([value for row in used for value in row["rollout_logp"]]),
-            torch.tensor([row["advantage"] for row in used]),
-            lengths=[len(row["logp"]) for row in used],
-        )
-        rejected = (decision.rejected_by > 0).float().mean().item()
-        assert rejected == pytest.approx(logged[step]["gate/masked_fraction"], abs=1e-6)
+    pairs = list(masked_again(unbroken, cppo.parse_method(TINY.method)))
+    assert any(logged > 0 for _, logged in pairs)
+    for replayed, logged in pairs:
+        assert replayed == pytest.approx(logged, abs=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["topk_tv", "topk_kl"])
+def test_a_measured_divergence_is_logged_bounds_the_binary_one_and_gives_the_logged_decisions(tmp_path, divergence):
+    config = dataclasses.replace(TINY, method=f"{TINY.method}&divergence={divergence}", divergence_top_k=4, rollouts=2)
+    path = tmp_path / "measured"
+    Run(config, start_run(config, path), Silence()).train()
+    binary = {"topk_tv": cppo.binary_tv, "topk_kl": cppo.binary_kl}[divergence]
+    larger = 0
+    for row in read_rollouts(path / "rollouts"):
+        assert len(row["divergence"]) == len(row["logp"])
+        measured = torch.tensor(row["divergence"])
+        below = binary(torch.tensor(row["logp"]), torch.tensor(row["rollout_logp"]))
+        assert (measured >= below - 2e-6).all()
+        larger += int((measured > below + 1e-3).sum())
+    assert larger > 0  # else the binary one was logged
+    pairs = list(masked_again(path, cppo.parse_method(config.method)))
+    assert any(masked > 0 for _, masked in pairs)
+    for replayed, logged in pairs:
+        assert replayed == pytest.approx(logged, abs=1e-6)
+
+
+def test_a_run_with_a_measured_divergence_resumes_to_the_numbers_of_an_unbroken_one(tmp_path):
+    config = dataclasses.replace(TINY, method=f"{TINY.method}&divergence=topk_tv", rollouts=2)
+    Run(config, start_run(config, tmp_path / "whole"), Silence()).train()
+    with pytest.raises(KeyboardInterrupt):
+        Run(config, start_run(config, tmp_path / "broken"), Interrupter(3)).train()
+    Run(load_config(tmp_path / "broken" / "config.yaml"), RunFolder.open(tmp_path / "broken"), Silence()).train()
+    assert results(tmp_path / "broken") == results(tmp_path / "whole")
 
 
 def test_responses_of_equal_groups_are_left_out_of_the_loss(tmp_path):

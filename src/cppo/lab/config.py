@@ -21,6 +21,7 @@ class RunConfig:
         model: "tiny" (built in process and warm-started on the task's demonstrator), a folder, or a hub id.
         gguf_file: the file inside ``model`` if that is a folder with a GGUF checkpoint.
         method: as ``parse_method`` takes it.
+        divergence_top_k: K of a method whose divergence is top-K.
         beside: further methods to run from the same start with the same problems, for comparison.
         seed: of the model, the warm start, the problems and the sampling.
         rollouts: rollout batches.
@@ -49,6 +50,7 @@ class RunConfig:
     model: str = "tiny"
     gguf_file: str | None = None
     method: str = "cppo?budget=fixed&delta_b=0.015"
+    divergence_top_k: int = 20
     beside: tuple[str, ...] = ()
     seed: int = 0
     rollouts: int = 12
@@ -76,11 +78,11 @@ class RunConfig:
         self._check_texts()
         methods = (self.method, *self.beside)
         for method in methods:
-            needed = needed_inputs(parse_method(method))
+            needed = needed_inputs(parse_method(method), topk=True)
             if needed:
                 raise ValueError(
                     f"method={method!r}: expected one that needs no {' and no '.join(needed)}; the laboratory trains "
-                    "through TRL, which keeps only the sampled token's log-prob"
+                    "through TRL, from which come the sampled token's log-prob and what a top-K divergence takes"
                 )
         if len(set(methods)) != len(methods):
             raise ValueError(
@@ -89,7 +91,7 @@ class RunConfig:
         if isinstance(self.seed, int) and self.seed >= 2**32:
             raise ValueError(f"seed={self.seed}: expected an integer below 2^32")
         for name in ("rollouts", "prompts", "minibatch", "gradient_accumulation", "epochs", "eval_problems",
-                     "eval_samples", "eval_every", "checkpoint_every", "threads"):  # fmt: skip
+                     "eval_samples", "eval_every", "checkpoint_every", "threads", "divergence_top_k"):  # fmt: skip
             _check_integer(name, getattr(self, name), 1)
         _check_integer("generations", self.generations, 2)
         for name in ("seed", "warm_start_steps", "lora_rank", "warmup"):

@@ -94,7 +94,8 @@ def final_table(summaries: list[dict[str, Any]]) -> Table:
     """Return the table that closes a run: one line a method."""
     table = Table(title="Held-out accuracy (Avg@k) and what the trust region did", title_justify="left")
     for heading in ("method", "start", "final", "best", "masked", "by budget", "mean |pi - mu|", "CPU s / rollout"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        # A method is not cut off: its last knob may be what tells two runs apart.
+        table.add_column(heading, justify="left" if heading == "method" else "right", overflow="fold")
     for summary in summaries:
         result, cost = summary["result"], summary["cost"]
         table.add_row(

@@ -149,6 +149,7 @@ class Run:
                 processing_class=tokenizer,
                 callbacks=[_Callback(self)],
                 method=parse_method(config.method),
+                divergence_top_k=config.divergence_top_k,
                 peft_config=_lora(config.lora_rank),
                 reward=reward,
                 ledger=self.ledger,

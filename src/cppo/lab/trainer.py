@@ -104,6 +104,9 @@ class LabTrainer(TrustRegionTrainer):
             "logp": decision.batch.logp.tolist(),
             "rollout_logp": decision.batch.rollout_logp.tolist(),
         }
+        measured = decision.batch.divergence
+        if measured is not None:
+            columns["divergence"] = measured.tolist()
         rewards, advantages = batch["reward"].tolist(), batch["advantages"].tolist()
         return [
             {
