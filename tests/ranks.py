@@ -3,12 +3,13 @@
 The threads exchange through a stand-in for the one collective that the package uses, so that mutants of the package can
 be killed in-process; the processes use torch.distributed as it is. Run as a script, this file is one such process:
 
-    python tests/ranks.py RANK WORLD RENDEZVOUS_FILE ANSWER_FILE
+    python tests/ranks.py RANK WORLD RENDEZVOUS_FILE MODULE QUESTION ANSWER_FILE
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import pathlib
 import random
@@ -179,11 +180,11 @@ def run_threads(world, job, monkeypatch):
 # ---------------------------------------------------------------- processes
 
 
-def run_processes(world, folder, question):
-    """Return the answers of ``world`` gloo processes to one of the questions of ``QUESTIONS``."""
+def run_processes(world, folder, question, module="test_context_parallel"):
+    """Return the answers of ``world`` gloo processes to one of the questions of a module's ``QUESTIONS``."""
     processes = []
     for rank in range(world):
-        command = [sys.executable, str(HERE), str(rank), str(world), str(folder / "meeting"), question]
+        command = [sys.executable, str(HERE), str(rank), str(world), str(folder / "meeting"), module, question]
         processes.append(subprocess.Popen([*command, str(folder / f"answer-{rank}")], cwd=HERE.parent))
     codes = [process.wait(timeout=SECONDS) for process in processes]
     assert codes == [0] * world, codes
@@ -191,12 +192,10 @@ def run_processes(world, folder, question):
 
 
 def main():
-    rank, world, meeting, question, answer = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    rank, world, meeting, module, question, answer = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    import test_context_parallel
-
-    torch.save(test_context_parallel.QUESTIONS[question](rank, world), answer)
+    torch.save(importlib.import_module(module).QUESTIONS[question](rank, world), answer)
     dist.destroy_process_group()
 
 

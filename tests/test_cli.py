@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import cppo
+from cppo.lab.config import RunConfig
 from cppo.methods import SETTINGS
 
 pytestmark = pytest.mark.train
@@ -104,3 +105,14 @@ def test_what_a_user_can_mend_is_one_line_and_nothing_is_left_behind(tmp_path, a
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_divergence_can_be_run_beside_the_same_method_with_another(tmp_path):
+    # The one beside is the default method, which --divergence changes for the first run alone.
+    default = RunConfig().method
+    done = cppo_command(
+        "train", "--divergence", "topk_tv", "--beside", default, "--task", "running_sum?operands=4", "--rollouts", "1",
+        "--prompts", "4", "--generations", "2", "--minibatch", "4", "--eval-problems", "4", "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [summary["method"] for summary in json.loads(done.stdout)] == [f"{default}&divergence=topk_tv", default]

@@ -66,6 +66,12 @@ def one_process(tmp_path):
     dist.destroy_process_group()
 
 
+def test_the_blocks_of_the_page_on_top_k_run(one_process):
+    torch.manual_seed(0)
+    namespace = run("topk.md")
+    assert namespace["now"].divergence.max() > 0.01
+
+
 def test_the_blocks_of_the_page_on_ranks_run(one_process):
     torch.manual_seed(0)
     namespace = run("distributed.md")

@@ -1,12 +1,15 @@
 """Nothing in a training step asks the device for a number: on the meta device, whose tensors hold none, that raises."""
 
 import ast
+import collections
+import math
 import pathlib
 
 import pytest
 import torch
 from examples import CORRECTIONS, OTHERS
 from layouts import takes_divergence, takes_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cppo
 from cppo.ops import collectives
@@ -70,6 +73,103 @@ def test_cut_responses_never_look(monkeypatch, method):
     step(method, (4, 5), "token-mean", context_parallel=context, rows=4)
     lengths = torch.ones(4, dtype=torch.int64, device="meta")
     step(method, (15,), "sequence-mean", context_parallel=context, rows=4, lengths=lengths)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+SHAPINGS = ({}, {"temperature": 0.7, "logit_scale": 2.0, "logit_softcap": 30.0})
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that are dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = collections.Counter()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        self.of[str(operation)] += 1
+        return operation(*arguments, **(named or {}))
+
+
+def meta_head(dtype, needed=(True, True, True), vocabulary=11):
+    """Return what token_statistics takes, of 40 tokens, without a number in it."""
+    shapes = ((2, 20, 5), (vocabulary, 5), (vocabulary,))
+    hidden, weight, bias = (
+        torch.empty(shape, dtype=dtype, device="meta", requires_grad=wanted)
+        for shape, wanted in zip(shapes, needed, strict=True)
+    )
+    rollout = {
+        "rollout_logp": torch.empty(2, 20, device="meta"),
+        "rollout_topk_logp": torch.empty(2, 20, 4, device="meta"),
+    }
+    rollout["topk_ids"] = torch.empty(2, 20, 4, dtype=torch.int32, device="meta")
+    return hidden, weight, torch.empty(2, 20, dtype=torch.int64, device="meta"), {"bias": bias} | rollout
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, True, False)])
+@pytest.mark.parametrize("shaping", SHAPINGS, ids=str)
+@pytest.mark.parametrize("entropy", [True, False])
+def test_token_statistics_and_their_gradients_never_look(dtype, needed, shaping, entropy):
+    wide = torch.promote_types(dtype, torch.float32)
+    for kind in ("binary_tv", "binary_kl", "topk_tv", "topk_kl", None):
+        hidden, weight, ids, named = meta_head(dtype, needed)
+        found = cppo.token_statistics(
+            hidden, weight, ids, **named, **shaping, divergence=kind, entropy=entropy, chunk_tokens=16
+        )
+        results = [x for x in (found.logp, found.divergence, found.entropy) if x is not None]
+        assert all(x.shape == (2, 20) and x.dtype == wide and x.device.type == "meta" for x in results)
+        (found.logp.sum() + (found.entropy.sum() if entropy else 0.0)).backward()
+        for leaf, wanted in zip((hidden, weight, named["bias"]), needed, strict=True):
+            assert (leaf.grad is None) == (not wanted)
+            assert leaf.grad is None or (leaf.grad.shape == leaf.shape and leaf.grad.dtype == dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_given_log_probs_and_likeliest_tokens_never_look(dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    hidden, weight, ids, named = meta_head(dtype)
+    for kind in ("binary_kl", "topk_tv"):
+        logp = torch.empty(2, 20, device="meta")
+        found = cppo.token_statistics(hidden, weight, ids, **named, divergence=kind, logp=logp, chunk_tokens=16)
+        assert found.divergence.shape == (2, 20)
+    kept = cppo.topk_log_probs(hidden, weight, 3, bias=named["bias"], chunk_tokens=16)
+    assert kept.ids.shape == kept.logp.shape == (2, 20, 3)
+    assert kept.logp.dtype == wide
+
+
+@pytest.mark.parametrize("start", [None, 4])
+def test_a_cut_vocabulary_never_looks(monkeypatch, start):
+    monkeypatch.setattr(collectives, "rank_of", lambda group, argument: 1)
+    monkeypatch.setattr(collectives, "all_gather", lambda values, group: torch.stack([values, values]))
+    monkeypatch.setattr(collectives, "all_reduce_", lambda values, operation, group: values)
+    hidden, weight, ids, named = meta_head(torch.bfloat16)
+    parallel = cppo.VocabParallel(start=start)
+    found = cppo.token_statistics(
+        hidden, weight, ids, **named, divergence="topk_kl", entropy=True, vocab_parallel=parallel
+    )
+    (found.logp.sum() + found.entropy.sum()).backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    assert cppo.topk_log_probs(hidden, weight, 20, vocab_parallel=parallel).ids.shape == (2, 20, 20)
+
+
+def test_a_device_multiplies_narrow_factors_into_wider_sums():
+    # Of 40 tokens in three chunks: logits; then logits again, hidden's gradient and the weight's.
+    for dtype, name in ((torch.bfloat16, "aten.addmm.dtype_out"), (torch.float32, "aten.addmm.out")):
+        hidden, weight, ids, named = meta_head(dtype)
+        with Calls() as calls:
+            cppo.token_statistics(hidden, weight, ids, bias=named["bias"], chunk_tokens=16).logp.sum().backward()
+        products = {operation: count for operation, count in calls.of.items() if "mm" in operation}
+        assert products == {name: 12}
+
+
+def test_the_memory_budget_of_a_device_is_a_gibibyte():
+    # 4 bytes a logit as it is accumulated and 2 as it is multiplied: 100,000 rows of 6 bytes a token.
+    hidden = torch.empty(4000, 8, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(100_000, 8, dtype=torch.bfloat16, device="meta")
+    with Calls() as calls:
+        cppo.topk_log_probs(hidden, weight)
+    assert calls.of["aten.addmm.dtype_out"] == math.ceil(4000 / (2**30 // 600_000)) == 3
 
 
 def test_the_probe_would_see_a_look():

@@ -93,11 +93,11 @@ def train(
 
     # The settings are checked before the frameworks take their seconds to load.
     settings = load_config(config) if config else RunConfig()
-    settings = dataclasses.replace(settings, **options)
     if divergence is not None:
         if method is not None and "divergence" in parse_spec(method)[1]:
             raise ValueError(f"--divergence {divergence}: expected none beside --method {method!r}, which names one")
-        settings = dataclasses.replace(settings, method=with_option(settings.method, "divergence", divergence))
+        options["method"] = with_option(method or settings.method, "divergence", divergence)
+    settings = dataclasses.replace(settings, **options)
     _quieten_frameworks()
     from cppo.lab.experiment import begin, carry_on
 

@@ -65,8 +65,10 @@ class Projection:
         """Return the logits of ``hidden`` ``[n, H]`` at ``ids`` ``[n, C]``; those out of range count as the nearest."""
         ids = ids.clamp(0, self.vocabulary - 1)
         rows = self.weight[ids].to(self.dtype)
-        logits = torch.bmm(rows, hidden.to(self.dtype)[:, :, None])[:, :, 0]
-        return self._finish(logits, None if self.bias is None else self.bias[ids], None)
+        logits = rows.new_empty(*ids.shape, 1)
+        # Given where to write, autocast leaves the factors as they are.
+        torch.bmm(rows, hidden.to(self.dtype)[:, :, None], out=logits)
+        return self._finish(logits[:, :, 0], None if self.bias is None else self.bias[ids], None)
 
     def _finish(self, raw: Tensor, bias: Tensor | None, bend: Tensor | None) -> Tensor:
         """Turn hidden weight^T into logits, in place."""

@@ -147,7 +147,7 @@ def topk_log_probs(
     Args:
         hidden: ``[..., H]``, as in :func:`token_statistics`, like all arguments that are not described here.
         weight: as there.
-        k: how many, >= 1. Where the vocabulary is smaller, all of it.
+        k: how many, >= 1. Where the vocabulary is smaller, all of it; cut over ranks, then empty places with id -1.
         bias: as there.
         temperature: as there.
         logit_scale: as there.
@@ -209,10 +209,9 @@ def _from_given(
     # A gathered row of the weight, and the same in the accumulator's dtype.
     numbers = wanted.shape[1] * hidden.shape[1]
     size = numbers * (head.weight.dtype.itemsize + head.dtype.itemsize)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for chunk in chunks(len(hidden), max(size, 1), hidden.device, chunk_tokens, memory_budget):
-            z = head.selected(hidden[chunk], wanted[chunk])
-            every[chunk] += z - z[:, :1]
+    for chunk in chunks(len(hidden), size, hidden.device, chunk_tokens, memory_budget):
+        z = head.selected(hidden[chunk], wanted[chunk])
+        every[chunk] += z - z[:, :1]
     return every.masked_fill_((wanted < 0) | (wanted >= head.vocabulary), -torch.inf)
 
 
