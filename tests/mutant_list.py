@@ -1037,7 +1037,17 @@ MUTANTS = [
         ),
         ("gradients that nobody can ask for", "at_once = plan.differentiable and frozen", "at_once = frozen"),
         ("the wanted tokens of another slice", "pick(z, wanted[chunk] - plan.start)", "pick(z, wanted[chunk])"),
-        ("the frozen head's gradient up the hill", "(-head.slope / total[chunk])", "(head.slope / total[chunk])"),
+        (
+            "the frozen head's gradient of multiples of the probabilities",
+            "work.factor(z.mul_(1 / total[chunk, None]), ids[chunk]",
+            "work.factor(z, ids[chunk]",
+        ),
+        (
+            "the gradient of multiples of the probabilities",
+            "work.factor(e.mul_(1 / total[chunk, None]), ids[chunk] - plan.start",
+            "work.factor(e, ids[chunk] - plan.start",
+        ),
+        ("the frozen head's gradient up the hill", "mul_(-head.slope)", "mul_(head.slope)"),
         (
             "log-probs rounded to the largest logit's precision",
             "(chosen - peak[:, None]).sub_(total.log()[:, None])",
@@ -1071,8 +1081,8 @@ MUTANTS = [
         ),
         (
             "tokens of the wrong slice get the gradient",
-            "work.factor(e, ids[chunk] - plan.start, own)",
-            "work.factor(e, ids[chunk], own)",
+            "work.factor(e.mul_(1 / total[chunk, None]), ids[chunk] - plan.start, own)",
+            "work.factor(e.mul_(1 / total[chunk, None]), ids[chunk], own)",
         ),
         ("the bias's gradient weighs all tokens alike", "e.mul_((row * -head.slope)[:, None]).sum(0)", "e.sum(0)"),
         (

@@ -135,6 +135,17 @@ def test_a_scaled_loss_overflows_no_float16_factor(monkeypatch, factor):
         assert rms(one, other) <= 2e-3 * rms(other, 0.0)
 
 
+def test_a_large_vocabulary_overflows_no_float16_factor(monkeypatch):
+    # All alike: the sum of e^d is the size of the vocabulary, more than float16 holds; the probabilities are small.
+    multiply_as_an_accelerator(monkeypatch)
+    rows = torch.tensor([[1.0], [-1.0]], dtype=FLOAT16).repeat(35_000, 1)
+    for frozen in (True, False):
+        hidden = torch.zeros(1, 1, dtype=FLOAT16, requires_grad=True)
+        weight = rows.clone().requires_grad_(not frozen)
+        cppo.token_statistics(hidden, weight, torch.tensor([0])).logp.sum().backward()
+        assert hidden.grad.item() == pytest.approx(1.0, rel=1e-3)  # W_y less the mean row, which is 0
+
+
 def test_logits_are_not_rounded_to_the_dtype_of_their_factors(monkeypatch):
     # 256 + 1 is no bfloat16, 2048 + 1 no float16.
     for as_accelerator in (False, True):

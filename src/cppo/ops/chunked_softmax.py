@@ -142,8 +142,8 @@ class ChunkedSoftmax(torch.autograd.Function):
             chosen[chunk] = pick(z, wanted[chunk] - plan.start)
             work.exponentials(z, peak[chunk], total[chunk], None if moment is None else moment[chunk])
             if unit is not None:
-                factor = work.factor(z, ids[chunk], total[chunk])
-                head.back(factor, unit[chunk]).mul_((-head.slope / total[chunk])[:, None])
+                factor = work.factor(z.mul_(1 / total[chunk, None]), ids[chunk], torch.ones_like(total[chunk]))
+                head.back(factor, unit[chunk]).mul_(-head.slope)
         peak, total, moment = whole_softmax(peak, total, moment, parallel)
         if parallel is not None:
             parallel.maximum_(chosen)
@@ -209,15 +209,16 @@ class _Gradients:
             states = work.states(chunk, ids)
             z = work.logits(states).sub_(peak[chunk, None])
             if grad_entropy is None or entropy is None:
-                row, own, e = grad_logp[chunk] / total[chunk], total[chunk], z.exp_()
+                row, own, e = grad_logp[chunk], torch.ones_like(total[chunk]), z.exp_()
             else:
                 # Relative to the larger one: a loss scaled for float16 would overflow in a factor of that dtype.
                 size = torch.maximum(grad_logp[chunk].abs(), grad_entropy[chunk].abs()).clamp_(min=_TINY)
                 share, pull = grad_logp[chunk] / size, grad_entropy[chunk] / size
                 level = pull * (entropy[chunk] - total[chunk].log()) + share
                 mix = work.mix(z).mul_(pull[:, None]).add_(level[:, None])
-                row, own, e = size / total[chunk], share * total[chunk], z.exp_().mul_(mix)
-            factor = work.factor(e, ids[chunk] - plan.start, own)
+                row, own, e = size, share, z.exp_().mul_(mix)
+            # Probabilities, not their multiples: those of a large vocabulary would overflow a float16 factor.
+            factor = work.factor(e.mul_(1 / total[chunk, None]), ids[chunk] - plan.start, own)
             self._add(chunk, states, factor, row * -head.slope)
             if self._bias is not None:  # last, as it writes to e; a product would add token by token, this in a tree
                 self._bias.add_(e.mul_((row * -head.slope)[:, None]).sum(0))
