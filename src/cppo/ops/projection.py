@@ -26,7 +26,8 @@ class Projection:
     """logits = cap(scale (hidden weight^T + bias)) / temperature, with cap(x) = softcap tanh(x / softcap), if any.
 
     Products are accumulated in ``dtype`` and what comes out is of it. The factors are multiplied as ``operand``: on a
-    CPU the same, which is faster there; elsewhere as they come, or under autocast in its dtype.
+    CPU, which has no product of narrow factors that is not rounded to their dtype, the same; elsewhere as they come, or
+    under autocast in its dtype.
     """
 
     weight: Tensor  # [V, H]
