@@ -84,6 +84,7 @@ def test_a_narrow_window_gets_blocks_and_no_broken_words():
         (["train", "--divergence", "topk_tv", "--method", "grpo"], "grpo has no knob 'divergence'"),
         (["train", "--divergence", "topk_tv", "--method", "cppo?divergence=binary_kl"], "which names one"),
         (["train", "--divergence-top-k", "0"], "divergence_top_k=0: expected an integer >= 1"),
+        (["train", "--divergence-top-k", "4"], "--divergence-top-k 4: expected a method whose divergence is topk_tv"),
         (["train", "--resume", "nowhere", "--divergence", "topk_tv"], "got divergence"),
         (["train", "--task", "running_sums"], "running_sums"),
         (["train", "--model", "./nowhere", "--task", "reasoning_gym:chain_sum"], "nowhere"),

@@ -277,6 +277,18 @@ def test_the_likeliest_tokens_are_those_of_the_full_softmax(shaping, chunk_token
     assert not found.logp.requires_grad
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+def test_log_probs_of_tokens_asked_for_besides_the_likeliest_come_from_the_same_pass(chunk_tokens):
+    head = draw(seed=29, shape=(3, 5), ignored=0.3, **SHAPINGS[-1])
+    named = {"bias": head.bias, "chunk_tokens": chunk_tokens, **head.shaping}
+    found = cppo.topk_log_probs(*head.projection[:2], 4, token_ids=head.ids, **named)
+    wanted = plain(head)[2].gather(-1, head.ids.clamp(min=0)[..., None])[..., 0]
+    close(found.token_logp, wanted.masked_fill(head.ids == IGNORED, 0.0))
+    alone = cppo.topk_log_probs(*head.projection[:2], 4, **named)
+    assert alone.token_logp is None
+    assert torch.equal(alone.logp, found.logp)
+
+
 def test_twenty_likeliest_tokens_are_kept_unless_the_vocabulary_has_fewer():
     head = draw(seed=26, vocabulary=23)
     assert cppo.topk_log_probs(*head.projection[:2]).ids.shape == (13, 20)

@@ -163,7 +163,9 @@ def test_sampled_tokens_are_in_the_vocabulary(wrong, given):
     message = f"token_ids: expected ids in [0, V = 7), or -100 for no token, got {wrong}"
     named = {"logp": torch.zeros(2, 3)} if given else {}
     refused(ValueError, message, token_ids=ids, **named)
-    refused(ValueError, message, token_ids=ids, divergence=None, **named)
+    refused(ValueError, message, token_ids=ids, divergence="binary_tv", **named)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cppo.topk_log_probs(HEAD.hidden, HEAD.weight, 2, token_ids=ids)
 
 
 @pytest.mark.parametrize("wrong", [7, 2**40])
@@ -172,8 +174,37 @@ def test_likeliest_tokens_are_in_the_vocabulary_or_empty_places(wrong):
     ids[0, 0, 0], ids[1, 2, 3] = -1, wrong
     refused(ValueError, f"topk_ids: expected ids below V = 7, got {wrong}", topk_ids=ids)
     # Not looked at where no divergence is taken over them.
-    for kind in (None, "binary_tv"):
-        cppo.token_statistics(**ARGUMENTS | {"topk_ids": ids, "divergence": kind})
+    cppo.token_statistics(**ARGUMENTS | {"topk_ids": ids, "divergence": "binary_tv"})
+
+
+def test_likeliest_tokens_are_distinct_within_a_position():
+    ids = HEAD.topk_ids.clone()
+    ids[1, 2] = torch.tensor([3, 0, 3, 1])
+    refused(ValueError, "topk_ids: expected distinct ids within a position, got 3 twice", topk_ids=ids)
+    ids[1, 2] = torch.tensor([-1, 0, -1, 1])  # empty places are not compared
+    assert cppo.token_statistics(**ARGUMENTS | {"topk_ids": ids}).divergence.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["topk_ids", "rollout_topk_logp"])
+def test_likeliest_tokens_without_a_divergence_are_a_mistake(name):
+    nothing = {"divergence": None, "topk_ids": None, "rollout_topk_logp": None}
+    message = f"{name}: expected None without divergence=, or divergence='topk_tv' or 'topk_kl'"
+    refused(ValueError, message, **nothing | {name: ARGUMENTS[name]})
+
+
+def test_a_layer_in_the_place_of_its_weight_is_told_so():
+    layer = torch.nn.Linear(5, 7)
+    both_refuse(TypeError, "weight: expected a torch.Tensor, got Linear; pass its .weight", weight=layer)
+
+
+def test_the_group_of_a_cut_vocabulary_is_a_process_group():
+    with pytest.raises(TypeError, match=r"group=3: expected a torch\.distributed\.ProcessGroup, or None"):
+        cppo.VocabParallel(group=3)
+
+
+def test_k_may_be_any_kind_of_integer():
+    numpy = pytest.importorskip("numpy")
+    assert cppo.topk_log_probs(HEAD.hidden, HEAD.weight, numpy.int64(3)).ids.shape == (2, 3, 3)
 
 
 NEEDS = {

@@ -64,8 +64,8 @@ def everything(head, rows, **named):
     for kind in DIVERGENCES:
         answer[kind] = head.ask(kind, projection=(head.hidden, weight, bias), **named).divergence
     for k in KEPT:
-        kept = cppo.topk_log_probs(head.hidden, weight, k, bias=bias, **head.shaping, **named)
-        answer[("ids", k)], answer[("kept", k)] = kept.ids, kept.logp
+        kept = cppo.topk_log_probs(head.hidden, weight, k, token_ids=head.ids, bias=bias, **head.shaping, **named)
+        answer[("ids", k)], answer[("kept", k)], answer[("own", k)] = kept.ids, kept.logp, kept.token_logp
     return {k: x.detach() if isinstance(x, torch.Tensor) else x for k, x in answer.items()}
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cppo.methods import CORRECTIONS, METHODS, SETTINGS, Setting
+from cppo.methods import CORRECTIONS, METHODS, SETTINGS, Setting, parse_method, takes_topk
 from cppo.specs import parse_spec, with_option
 
 # Below this width the table of methods would break words.
@@ -98,6 +98,12 @@ def train(
             raise ValueError(f"--divergence {divergence}: expected none beside --method {method!r}, which names one")
         options["method"] = with_option(method or settings.method, "divergence", divergence)
     settings = dataclasses.replace(settings, **options)
+    if divergence_top_k is not None and not any(
+        takes_topk(parse_method(m)) for m in (settings.method, *settings.beside)
+    ):
+        raise ValueError(
+            f"--divergence-top-k {divergence_top_k}: expected a method whose divergence is topk_tv or topk_kl"
+        )
     _quieten_frameworks()
     from cppo.lab.experiment import begin, carry_on
 

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 import trl_training
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 from trl.generation import vllm_generation
 from trl_training import (
@@ -19,8 +19,10 @@ from trl_training import (
 )
 
 import cppo
+from cppo.adapters.trl import meter
 from cppo.adapters.trl.configuration import check_engine
 from cppo.adapters.trl.engine_topk import EngineTopK, collect
+from cppo.ops import projection
 
 pytestmark = pytest.mark.train
 
@@ -122,6 +124,63 @@ def test_a_vocabulary_smaller_than_k_gives_the_exact_divergence(tmp_path):
     trainer = make_trainer(tmp_path, METHODS["cppo tv"], kind=Watcher, max_steps=3)
     trainer.train()
     check_against_full_logits(trainer, k=10)
+
+
+# ---------------------------------------------------------------- rounded logits
+
+
+def make_sharp_model(dtype=torch.float32):
+    """Logits of about 20, as trained models have: in bfloat16 neighbours are 0.125 apart there."""
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(5)
+    return model.to(dtype)
+
+
+PRECISIONS = {
+    "bfloat16 model": (torch.bfloat16, {}),
+    "autocast": (torch.float32, {"bf16": True}),
+    "bfloat16 model, wide head": (torch.bfloat16, {"cast_lm_head_to_fp32": True}),
+    "autocast, wide head": (torch.float32, {"bf16": True, "cast_lm_head_to_fp32": True}),
+}
+
+
+@pytest.mark.parametrize("as_accelerator", [False, True])
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_policy_that_has_not_moved_has_no_divergence_however_trl_rounds(tmp_path, monkeypatch, name, as_accelerator):
+    if as_accelerator:  # factors as they come, or as autocast casts them
+
+        def operand(device, factors, accumulator):
+            return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else factors
+
+        monkeypatch.setattr(projection, "_operand", operand)
+    dtype, overrides = PRECISIONS[name]
+    trainer = make_trainer(
+        tmp_path, METHODS["cppo tv"], kind=Watcher, model=make_sharp_model(dtype), arguments={"divergence_top_k": K},
+        learning_rate=1e-12, max_steps=4, **overrides,
+    )  # fmt: skip
+    trainer.train()
+    assert len(trainer.measured) == 8
+    # Hidden states of a batch of other rows may differ in a last bit; logits that TRL rounds differ by 0.01 in D.
+    assert max(found.abs().max() for found in trainer.measured) < 1e-4
+    assert trainer._meter._head.rounds(torch.zeros(1, dtype=dtype)) == ("wide" not in name)
+
+
+def test_rounded_logits_would_have_shown_a_divergence_by_the_short_cut(tmp_path, monkeypatch):
+    # Why the short cut from TRL's own log-prob is not taken there; should TRL stop rounding, it can be.
+    monkeypatch.setattr(meter.OutputHead, "rounds", lambda head, hidden: False)
+    trainer = make_trainer(
+        tmp_path, METHODS["cppo tv"], kind=Watcher, model=make_sharp_model(torch.bfloat16), learning_rate=1e-12,
+        max_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    assert max(found.abs().max() for found in trainer.measured) > 0.005
+
+
+def test_a_model_that_a_mixed_precision_trainer_has_used_is_not_refused(tmp_path):
+    model = make_sharp_model()
+    make_trainer(tmp_path, cppo.CPPO(), model=model, bf16=True, max_steps=1).train()
+    make_trainer(tmp_path, METHODS["cppo tv"], model=model)
 
 
 # ---------------------------------------------------------------- models
@@ -275,6 +334,10 @@ def without(name):
     return lambda extra: extra.pop(name)
 
 
+def one_tensor(extra):
+    extra["topk_ids"] = torch.zeros(16, 6, 3)
+
+
 def cut_short(extra):
     extra["topk_ids"][2].pop()
 
@@ -283,6 +346,7 @@ def cut_short(extra):
     ("spoil", "message"),
     [
         (without("topk_logprobs"), "rollout_func: expected 'topk_logprobs' in what it returns.*divergence='topk_tv'"),
+        (one_tensor, r"'topk_ids' to be a list of one \[T, K\] a completion, got one tensor \[16, 6, 3\]"),
         (cut_short, "expected a list for each of the 5 tokens of completion 2, .* got 4 and 5"),
     ],
 )
@@ -403,6 +467,8 @@ def test_a_server_whose_log_probs_are_not_the_samplers_is_refused(tmp_path):
         check_engine(trainer)
     info["model_config"]["logprobs_mode"] = "processed_logprobs"
     check_engine(trainer)
+    trainer.vllm_generation.vllm_client = object()  # TRL before 1.16, and every process but the main one
+    check_engine(trainer)
 
 
 # ---------------------------------------------------------------- lists into tensors
@@ -411,21 +477,23 @@ def test_a_server_whose_log_probs_are_not_the_samplers_is_refused(tmp_path):
 def test_lists_of_unequal_length_and_missing_numbers_leave_empty_places():
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]])
     rows = [
-        ([[4, 2, 7], [5], []], [[-1.0, -0.5, -3.0], [-0.1], []]),
+        ([[4, 2, 7], [5], []], [[-1.2, -0.5, -3.0], [-0.1], []]),
         ([[1, 2], [3, 4]], [[None, -1.0], [math.nan, -math.inf]]),
         ([[6, 8]], [[-1.0, -2.0]]),  # dropped by the trainer, whatever its length
     ]
     ids, logp = collect(rows, mask, 2)
     assert ids[0].tolist() == [[2, 4], [5, -1], [-1, -1]]  # the likeliest two, likeliest first
-    assert logp[0].tolist() == [[-0.5, -1.0], [pytest.approx(-0.1), -math.inf], [-math.inf] * 2]
+    assert logp[0].tolist() == [[-0.5, pytest.approx(-1.2)], [pytest.approx(-0.1), -math.inf], [-math.inf] * 2]
     assert ids[1].tolist() == [[2, -1], [-1, -1], [-1, -1]]
     assert logp[1, 0].tolist() == [-1.0, -math.inf]
     assert ids[2, 0].tolist() == [6, 8]
+    ids, _ = collect([([[], []], [[], []])], torch.ones(1, 2), 2)
+    assert ids.tolist() == [[[-1, -1], [-1, -1]]]
 
 
 def test_tensors_and_lists_are_the_same():
     mask = torch.ones(2, 4)
-    ids, logp = torch.randint(0, 9, (2, 4, 3)), -torch.rand(2, 4, 3)
+    ids, logp = torch.arange(24).reshape(2, 4, 3), -2 - torch.rand(2, 4, 3)
     from_tensors = collect(list(zip(ids, logp, strict=True)), mask, 3)
     from_lists = collect(list(zip(ids.tolist(), logp.tolist(), strict=True)), mask, 3)
     assert all(torch.equal(a, b) for a, b in zip(from_tensors, from_lists, strict=True))
@@ -437,7 +505,14 @@ def test_tensors_and_lists_are_the_same():
         ([], "expected a list for each of 1 completions, got 0"),
         ([([[1], [2]], [[-1.0]])], "completion 0, .* got 2 and 1"),
         ([([[1], [2], [3]], [[-1.0]] * 3)], "each of the 2 tokens of completion 0, .* got 3 and 3"),
-        ([([[1, 2], [2, 3]], [[-1.0], [-1.0]])], r"expected \[T, K\] each of completion 0, got \[2, 2\] and \[2, 1\]"),
+        ([([[1, 2], [2, 3]], [[-1.0] * 2, [-1.0]])], "as many of each, got 2 and 1 at token 1 of completion 0"),
+        (
+            [(torch.ones(2, 2), torch.ones(2, 1))],
+            r"expected \[T, K\] each of completion 0, got \[2, 2\] and \[2, 1\]",
+        ),
+        ([([[1], [2]], [[-0.1], [0.4]])], "expected log-probs <= 0, got 0.4 at token 1 of completion 0; probabilities"),
+        ([([[1, 2], [3, 3]], [[-1.0, -2.0]] * 2)], r"got one twice at token 1 of completion 0: \[3, 3\]"),
+        ([([[1, 2], [3, 4]], [[-1.0, -2.0], [-0.1, -0.1]])], "sum to at most 1, got 1.81 at token 1 of completion 0"),
     ],
 )
 def test_lists_that_do_not_fit_name_their_completion(rows, message):
@@ -480,6 +555,15 @@ def test_virtual_tokens_are_refused(tmp_path):
     trainer.model.active_peft_config = types.SimpleNamespace(is_prompt_learning=True)
     with pytest.raises(ValueError, match="virtual tokens shift the hidden states' places"):
         trainer._make_meter(K)
+
+
+def test_what_the_arguments_tell_is_refused_before_anything_is_loaded(tmp_path):
+    class NotLoaded:
+        pass
+
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="virtual tokens shift the hidden states' places"):
+        make_trainer(tmp_path, METHODS["cppo tv"], model=NotLoaded(), arguments={"peft_config": prompts})
 
 
 def test_the_default_stays_binary_and_listens_to_nothing(tmp_path):

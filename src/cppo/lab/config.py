@@ -82,7 +82,7 @@ class RunConfig:
             if needed:
                 raise ValueError(
                     f"method={method!r}: expected one that needs no {' and no '.join(needed)}; the laboratory trains "
-                    "through TRL, from which come the sampled token's log-prob and what a top-K divergence takes"
+                    "through TRL, which gives what binary_tv, binary_kl, topk_tv and topk_kl take, no more"
                 )
         if len(set(methods)) != len(methods):
             raise ValueError(

@@ -158,7 +158,8 @@ def topk_tv(
     p, m = p * own, m * own
     rest_p = (1 - p_k.sum(-1) - p).clamp_(min=0.0)
     rest_m = (1 - m_k.sum(-1) - m).clamp_(min=0.0)
-    return ((p_k - m_k).abs().sum(-1) + (p - m).abs() + (rest_p - rest_m).abs()) / 2
+    # What is no distribution (an id twice, rounding) may sum to more than one.
+    return (((p_k - m_k).abs().sum(-1) + (p - m).abs() + (rest_p - rest_m).abs()) / 2).clamp_(max=1.0)
 
 
 @torch.no_grad()

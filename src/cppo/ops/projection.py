@@ -65,10 +65,11 @@ class Projection:
     def selected(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Return the logits of ``hidden`` ``[n, H]`` at ``ids`` ``[n, C]``; those out of range count as the nearest."""
         ids = ids.clamp(0, self.vocabulary - 1)
-        rows = self.weight[ids].to(self.dtype)
+        # The factors of ``logits``, so that both give one policy; only the product is of few.
+        rows = self.weight[ids].to(self.operand).to(self.dtype)
         logits = rows.new_empty(*ids.shape, 1)
         # Given where to write, autocast leaves the factors as they are.
-        torch.bmm(rows, hidden.to(self.dtype)[:, :, None], out=logits)
+        torch.bmm(rows, hidden.to(self.operand).to(self.dtype)[:, :, None], out=logits)
         return self._finish(logits[:, :, 0], None if self.bias is None else self.bias[ids], None)
 
     def _finish(self, raw: Tensor, bias: Tensor | None, bend: Tensor | None) -> Tensor:
@@ -165,7 +166,8 @@ def _operand(device: str, factors: torch.dtype, accumulator: torch.dtype) -> tor
 
 def _check_matrix(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        hint = f"; pass its .{name}" if isinstance(value, torch.nn.Module) and hasattr(value, name) else ""
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}{hint}")
     if hasattr(value, "full_tensor"):
         raise TypeError(
             f"{name}: expected a plain tensor, got a {type(value).__name__}; pass {name}.full_tensor(), or this rank's "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import divergence as divergences
-from .chunked_softmax import IGNORED, ChunkedSoftmax, Pass, Plan, whole_softmax
+from .chunked_softmax import IGNORED, ChunkedSoftmax, Pass, Plan, pick, whole_softmax
 from .projection import Projection, check_chunking, check_projection, chunks
 from .vocab_parallel import VocabParallel, first_id
 
@@ -33,6 +34,7 @@ class TopK:
 
     ids: Tensor
     logp: Tensor
+    token_logp: Tensor | None = None  # [...]: the log-probs of the tokens asked for besides
 
 
 def token_statistics(
@@ -66,7 +68,7 @@ def token_statistics(
             token stands at the token's place: shift before.
         weight: ``[V, H]``, the output projection; of the same dtype, or another of these.
         token_ids: ``[...]``, integers in [0, V), or -100 where there is no token: there all results are 0 and no
-            gradient flows, whatever the other arguments hold.
+            gradient flows, whatever the other arguments hold (but ``logp``, which is returned as it came).
         bias: ``[V]``.
         temperature: of the sampling, > 0.
         logit_scale: such as Cohere's ``logit_scale``, or one over Granite's ``logits_scaling``.
@@ -77,9 +79,10 @@ def token_statistics(
         rollout_topk_logp: ``[..., K]``, log mu of these; not read at empty places.
         divergence: "topk_tv" or "topk_kl" (need the three above), "binary_tv" or "binary_kl" (need the first), or None.
         entropy: whether the entropy is wanted.
-        logp: ``[...]``, log pi(y), if another kernel has computed it already. Then nothing is multiplied with the whole
-            vocabulary: log pi(a) = z_a - z_y + log pi(y) takes K + 1 rows of the weight a token. It is returned as it
-            came, and no gradient flows into hidden, weight and bias.
+        logp: ``[...]``, log pi(y), if another kernel has computed it already from logits that it did not round below
+            float32 (from bfloat16 logits its error would shift every other token's). Then nothing is multiplied with
+            the whole vocabulary: log pi(a) = z_a - z_y + log pi(y) takes K + 1 rows of the weight a token. It is
+            returned as it came, and no gradient flows into hidden, weight and bias.
         chunk_tokens: tokens a chunk; None: as many as ``memory_budget`` allows.
         memory_budget: bytes that the logits of a chunk may take; None: 64 MiB on a CPU, 1 GiB elsewhere. Sixteen
             tokens at least are taken at a time.
@@ -87,7 +90,8 @@ def token_statistics(
 
     Returns:
         A :class:`TokenStatistics` in float32, or float64 if hidden or weight is. logp <= 0; divergence in [0, 1] for
-        TV, >= 0 nats for KL; entropy >= 0 nats.
+        TV, >= 0 nats for KL, NaN where a number of the rollout policy's is (``decide`` rejects such a token); entropy
+        >= 0 nats.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected. Ids out of range are seen on a CPU
@@ -96,7 +100,7 @@ def token_statistics(
     Numerics: products are accumulated in float32 or float64, and logits are never rounded to anything narrower (on a
     device that cannot, factors are widened first). Exponentials are taken relative to the row's largest logit.
     Gradients have the inputs' dtypes; the weight's is accumulated over chunks in float32 or float64. There is no second
-    derivative. Nothing makes the host wait for the device.
+    derivative, and torch.func's transforms are refused. Nothing makes the host wait for the device.
     """
     head = check_projection(hidden, weight, bias, temperature, logit_scale, logit_softcap)
     check_chunking(chunk_tokens, memory_budget)
@@ -110,7 +114,7 @@ def token_statistics(
     wanted = ids[:, None]
     if divergence in _TOPK and topk_ids is not None:
         wanted = torch.cat([wanted, topk_ids.reshape(len(ids), topk_ids.shape[-1]).to(torch.int64)], 1)
-    if vocab_parallel is None and wanted.device.type == "cpu":
+    if vocab_parallel is None and _may_look(wanted):
         _check_range(wanted, head.vocabulary)
     flat = hidden.reshape(-1, hidden.shape[-1])
     entropies = None
@@ -132,6 +136,7 @@ def topk_log_probs(
     weight: Tensor,
     k: int = 20,
     *,
+    token_ids: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
@@ -148,6 +153,7 @@ def topk_log_probs(
         hidden: ``[..., H]``, as in :func:`token_statistics`, like all arguments that are not described here.
         weight: as there.
         k: how many, >= 1. Where the vocabulary is smaller, all of it; cut over ranks, then empty places with id -1.
+        token_ids: ``[...]``, tokens whose log-probs are wanted besides, in the same pass: the sampled ones. As there.
         bias: as there.
         temperature: as there.
         logit_scale: as there.
@@ -157,8 +163,8 @@ def topk_log_probs(
         vocab_parallel: as there.
 
     Returns:
-        A :class:`TopK`: int64 ids and log-probs, ``[..., K]``, by falling log-prob; no gradient. Every rank's is that
-        of the whole vocabulary.
+        A :class:`TopK`: int64 ids and log-probs, ``[..., K]``, by falling log-prob, and ``token_logp`` of
+        ``token_ids``, if given; no gradient. Every rank's is that of the whole vocabulary.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected.
@@ -167,18 +173,25 @@ def topk_log_probs(
     """
     head = check_projection(hidden, weight, bias, temperature, logit_scale, logit_softcap)
     check_chunking(chunk_tokens, memory_budget)
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k={k!r}: expected a positive integer")
+    if token_ids is not None:
+        _check_ids("token_ids", token_ids, hidden.shape[:-1], hidden)
+    k = _check_count("k", k)
     start = first_id(vocab_parallel, head.vocabulary)
     flat = hidden.reshape(-1, hidden.shape[-1])
+    wanted = None if token_ids is None else token_ids.reshape(-1, 1).to(torch.int64)
+    if wanted is not None and vocab_parallel is None and _may_look(wanted):
+        _check_range(wanted, head.vocabulary)
     work = Pass(Plan(head, chunk_tokens, memory_budget), flat)
     peak, total = work.rows(), work.rows()
     # As many on every rank, however small its slice.
     width = min(k, head.vocabulary) if vocab_parallel is None else k
     logits = work.rows(width).fill_(-torch.inf)
     ids = torch.full(logits.shape, -1, dtype=torch.int64, device=flat.device)
+    chosen = None if wanted is None else work.rows(1)
     for chunk in work.chunks:
         z = work.logits(flat[chunk].to(head.operand))
+        if wanted is not None and chosen is not None:
+            chosen[chunk] = pick(z, wanted[chunk] - start)
         found = z.topk(min(k, head.vocabulary), dim=1)
         here = slice(0, found.indices.shape[1])
         logits[chunk, here], ids[chunk, here] = found.values, found.indices + start
@@ -188,9 +201,14 @@ def topk_log_probs(
         everywhere = torch.cat(list(vocab_parallel.gather(logits)), 1)
         logits, order = everywhere.topk(k, dim=1)
         ids = torch.cat(list(vocab_parallel.gather(ids)), 1).gather(1, order)
+        if chosen is not None:
+            vocab_parallel.maximum_(chosen)
     logp = (logits - peak[:, None]).sub_(total.log()[:, None])
+    own = None
+    if wanted is not None and chosen is not None:
+        own = (chosen - peak[:, None]).sub_(total.log()[:, None]).masked_fill_(wanted == IGNORED, 0.0)
     shape = (*hidden.shape[:-1], logits.shape[1])
-    return TopK(ids.view(shape), logp.view(shape))
+    return TopK(ids.view(shape), logp.view(shape), None if own is None else own.view(shape[:-1]))
 
 
 @torch.no_grad()
@@ -253,6 +271,21 @@ def _check_log_probs(name: str, tensor: object, shape: tuple[int, ...], hidden: 
         raise TypeError(f"{name}: expected floating point, got {tensor.dtype}")
 
 
+def _check_count(name: str, value: object) -> int:
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]  # numpy's too
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name}={value!r}: expected a positive integer")
+    return count
+
+
+def _may_look(ids: Tensor) -> bool:
+    """Return whether ids can be looked at: on an accelerator that would stall it, and a compiler has none."""
+    return ids.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _check_range(wanted: Tensor, vocabulary: int) -> None:
     sampled, others = wanted[:, 0], wanted[:, 1:]
     wrong = sampled[((sampled < 0) & (sampled != IGNORED)) | (sampled >= vocabulary)]
@@ -263,12 +296,19 @@ def _check_range(wanted: Tensor, vocabulary: int) -> None:
     wrong = others[others >= vocabulary]
     if wrong.numel():
         raise ValueError(f"topk_ids: expected ids below V = {vocabulary}, got {int(wrong[0])}")
+    ordered = others.sort(1).values
+    twice = ordered[:, 1:][(ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)]
+    if twice.numel():
+        raise ValueError(f"topk_ids: expected distinct ids within a position, got {int(twice[0])} twice")
 
 
 def _check_rollout(
     divergence: object, hidden: Tensor, rollout_logp: object, topk_ids: object, rollout_topk_logp: object
 ) -> None:
     if divergence is None:
+        for name, value in (("topk_ids", topk_ids), ("rollout_topk_logp", rollout_topk_logp)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None without divergence=, or divergence='topk_tv' or 'topk_kl'")
         return
     if divergence not in (*_BINARY, *_TOPK):
         hint = "; it needs mu's whole distribution" if str(divergence).startswith("exact") else ""

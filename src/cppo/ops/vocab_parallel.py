@@ -21,12 +21,18 @@ class VocabParallel:
     Args:
         group: the ranks among which the vocabulary is cut; None: the default group.
         start: the token id of this rank's first row; None: rank times rows, for slices of one size (Megatron's).
+
+    Rows that pad the vocabulary to a size that divides count like tokens: leave them out of the last rank's slice, or
+    give them a bias of -inf.
     """
 
     group: dist.ProcessGroup | None = None
     start: int | None = None
 
     def __post_init__(self) -> None:
+        group: object = self.group
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"group={group!r}: expected a torch.distributed.ProcessGroup, or None for the default one")
         if self.start is not None and (
             isinstance(self.start, bool) or not isinstance(self.start, int) or self.start < 0
         ):
@@ -52,4 +58,6 @@ def first_id(parallel: VocabParallel | None, rows: int) -> int:
     if not isinstance(parallel, VocabParallel):
         raise TypeError(f"vocab_parallel: expected a VocabParallel, got {type(parallel).__name__}")
     rank = collectives.rank_of(parallel.group, "vocab_parallel")
+    if rank < 0:
+        raise ValueError("vocab_parallel: expected a group that this process belongs to")
     return rank * rows if parallel.start is None else parallel.start

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import trl
+from accelerate.utils import broadcast_object_list
 from packaging.version import Version
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.grpo_config import GRPOConfig
@@ -124,8 +125,8 @@ def check_config(config: GRPOConfig, method: Method, *, engine_log_probs: bool) 
     needed = needed_inputs(method, topk=True)
     if needed:
         raise ValueError(
-            f"method={method!r}: expected one that needs no {' and no '.join(needed)}; from TRL come the sampled "
-            "token's log-prob and what a top-K divergence takes, no more of the two policies"
+            f"method={method!r}: expected one that needs no {' and no '.join(needed)}; TRL gives what binary_tv, "
+            "binary_kl, topk_tv and topk_kl take, no more of the two policies"
         )
     micro_batches = (config.steps_per_generation or 1) * config.num_iterations
     if not engine_log_probs and config.gradient_accumulation_steps % micro_batches == 0:
@@ -137,7 +138,7 @@ def check_config(config: GRPOConfig, method: Method, *, engine_log_probs: bool) 
         )
 
 
-def check_topk(config: GRPOConfig, method: Method, k: object, arguments: Mapping[str, Any]) -> None:
+def check_topk(config: GRPOConfig, method: Method, k: int, arguments: Mapping[str, Any]) -> None:
     """Refuse what a top-K divergence cannot be measured under.
 
     Args:
@@ -146,8 +147,6 @@ def check_topk(config: GRPOConfig, method: Method, k: object, arguments: Mapping
         k: how many of the rollout policy's likeliest tokens.
         arguments: of the trainer.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"divergence_top_k={k!r}: expected a positive integer")
     for name in ("tools", "environment_factory"):
         if arguments.get(name):
             raise ValueError(
@@ -155,6 +154,10 @@ def check_topk(config: GRPOConfig, method: Method, k: object, arguments: Mapping
                 "several generations, to which the rollout policy's likeliest tokens do not line up. "
                 "divergence='binary_tv' needs none of them"
             )
+    why = f"the divergence of {method!r} is measured from them"
+    if config.fsdp or is_deepspeed_zero3_enabled():
+        _refuse_sharded(why)
+    _refuse_virtual_tokens(arguments.get("peft_config"), why)
     colocated = config.use_vllm and config.vllm_mode == "colocate" and not arguments.get("rollout_func")
     if colocated and k > _VLLM_LOG_PROBS:
         raise ValueError(
@@ -164,15 +167,19 @@ def check_topk(config: GRPOConfig, method: Method, k: object, arguments: Mapping
 
 
 def check_engine(trainer: GRPOTrainer) -> None:
-    """Refuse a vLLM server whose log-probs are not those of the distribution that it samples from."""
-    if not trainer.use_vllm or trainer.vllm_mode != "server" or not trainer.accelerator.is_main_process:
+    """Refuse, on every process, a vLLM server whose log-probs are not those of what it samples from."""
+    if not trainer.use_vllm or trainer.vllm_mode != "server" or trainer.rollout_func is not None:
         return
-    if trainer.rollout_func is not None or trainer.temperature == 1.0:  # at 1, without truncation, both are the same
+    if trainer.temperature == 1.0:  # without truncation both are the same then
         return
-    mode = trainer.vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
-    if mode != "processed_logprobs":
+    mode = ["processed_logprobs"]
+    client: Any = getattr(trainer.vllm_generation, "vllm_client", None)  # the main process's alone
+    if hasattr(client, "get_server_info"):  # before TRL 1.16 its own server knew no other mode
+        mode = [client.get_server_info()["model_config"]["logprobs_mode"]]
+    broadcast_object_list(mode, from_process=0)
+    if mode[0] != "processed_logprobs":
         raise ValueError(
-            f"the vLLM server's --logprobs-mode {mode}: expected processed_logprobs with temperature="
+            f"the vLLM server's --logprobs-mode {mode[0]}: expected processed_logprobs with temperature="
             f"{trainer.temperature}; its log-probs would not be those of the policy that samples"
         )
 
@@ -180,11 +187,18 @@ def check_engine(trainer: GRPOTrainer) -> None:
 def check_whole_head(trainer: GRPOTrainer, why: str) -> None:
     """Refuse a model whose output weight is spread over processes, or whose hidden states do not match the tokens."""
     if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "model: expected an output weight that is whole on every process, got one that FSDP or DeepSpeed ZeRO-3 "
-            f"shards; {why}"
-        )
-    peft = getattr(trainer.model, "active_peft_config", None)
+        _refuse_sharded(why)
+    _refuse_virtual_tokens(getattr(trainer.model, "active_peft_config", None), why)
+
+
+def _refuse_sharded(why: str) -> None:
+    raise ValueError(
+        f"model: expected an output weight that is whole on every process, got one that FSDP or DeepSpeed ZeRO-3 "
+        f"shards; {why}"
+    )
+
+
+def _refuse_virtual_tokens(peft: object, why: str) -> None:
     if getattr(peft, "is_prompt_learning", False):
         raise ValueError(
             f"peft_config: expected adapters of weights, got {type(peft).__name__}, whose virtual tokens shift the "

@@ -19,6 +19,7 @@ class EngineTopK:
 
     def __init__(self, generation: Any, k: int) -> None:
         self._generate = generation.generate
+        self._k = k
         self._rows: list[tuple[Any, Any]] = []
         generation.logprobs = k
         generation.generate = self._kept_and_sampled
@@ -38,7 +39,9 @@ class EngineTopK:
                 "vLLM: expected log-probs with their token ids, got none; a top-K divergence cannot be measured (a "
                 "server of another version than TRL's client?)"
             )
-        self._rows.extend(zip(ids, logprobs, strict=True))
+        # As tensors at once: the lists take ten times the memory.
+        for own_ids, own in zip(ids, logprobs, strict=True):
+            self._rows.append(likeliest(f"vLLM, completion {len(self._rows)}", own_ids, own, self._k))
         sampled = [
             [[_of(token, *place)] for token, place in zip(tokens, zip(own_ids, own, strict=True), strict=True)]
             for tokens, own_ids, own in zip(completions, ids, logprobs, strict=True)
@@ -66,11 +69,11 @@ def collect(rows: list[tuple[Any, Any]], mask: Tensor, k: int) -> tuple[Tensor, 
         k: places a token.
 
     Raises:
-        ValueError: naming the completion whose lists do not fit.
+        ValueError: naming the completion, and the token, whose numbers do not fit.
     """
     if len(rows) != len(mask):
         raise ValueError(f"topk_ids: expected a list for each of {len(mask)} completions, got {len(rows)}")
-    ids = torch.full((*mask.shape, k), -1, dtype=torch.int64)
+    ids = torch.full((*mask.shape, k), -1, dtype=torch.int32)
     logp = torch.full((*mask.shape, k), -math.inf)
     lengths = (mask > 0).sum(1).tolist()
     for number, (some_ids, some_logp) in enumerate(rows):
@@ -80,31 +83,67 @@ def collect(rows: list[tuple[Any, Any]], mask: Tensor, k: int) -> tuple[Tensor, 
                 f"topk_ids: expected a list for each of the {lengths[number]} tokens of completion {number}, and as "
                 f"many in topk_logprobs, got {tokens} and {len(some_logp)}"
             )
-        if tokens == 0:
-            continue
-        found_ids, found = _as_tensors(number, some_ids, some_logp)
-        missing = ~found.isfinite() | (found_ids < 0)
-        found = found.masked_fill(missing, -math.inf)
-        found, order = found.topk(min(k, found.shape[1]), dim=1)
-        found_ids = found_ids.masked_fill(missing, -1).gather(1, order)
-        ids[number, :tokens, : found.shape[1]] = found_ids
-        logp[number, :tokens, : found.shape[1]] = found
+        if tokens:
+            found_ids, found = likeliest(f"completion {number}", some_ids, some_logp, k)
+            ids[number, :tokens, : found.shape[1]] = found_ids
+            logp[number, :tokens, : found.shape[1]] = found
     return ids, logp
 
 
-def _as_tensors(number: int, ids: Any, logp: Any) -> tuple[Tensor, Tensor]:
-    """Return ``[T, K]`` of a completion's lists; shorter ones are filled up, None becomes NaN."""
-    try:
-        tensors = torch.as_tensor(ids, dtype=torch.int64), torch.as_tensor(logp, dtype=torch.float32)
-    except (TypeError, ValueError):  # lists of different lengths, or a None among them
-        width = max((len(place) for place in ids), default=0)
-        filled = [[*place, *[-1] * (width - len(place))] for place in ids]
-        values = [[math.nan if x is None else x for x in place] for place in logp]
-        values = [[*place, *[math.nan] * (width - len(place))] for place in values]
-        tensors = torch.tensor(filled, dtype=torch.int64), torch.tensor(values, dtype=torch.float32)
-    if tensors[0].shape != tensors[1].shape or tensors[0].dim() != 2:
+def likeliest(where: str, ids: Any, logprobs: Any, k: int) -> tuple[Tensor, Tensor]:
+    """Return ids and log-probs ``[T, <= k]`` of a completion's ``k`` likeliest tokens a place, the likeliest first."""
+    if isinstance(ids, list) and isinstance(logprobs, list):
+        for token, (some, others) in enumerate(zip(ids, logprobs, strict=True)):
+            if len(some) != len(others):
+                raise ValueError(
+                    f"topk_ids, topk_logprobs: expected as many of each, got {len(some)} and {len(others)} at token "
+                    f"{token} of {where}"
+                )
+    found_ids, found = _as_tensor(ids, -1, torch.int32), _as_tensor(logprobs, math.nan, torch.float32)
+    if found_ids.shape != found.shape:
         raise ValueError(
-            f"topk_ids, topk_logprobs: expected [T, K] each of completion {number}, got {list(tensors[0].shape)} and "
-            f"{list(tensors[1].shape)}"
+            f"topk_ids, topk_logprobs: expected [T, K] each of {where}, got {list(found_ids.shape)} and "
+            f"{list(found.shape)}"
         )
-    return tensors
+    missing = ~found.isfinite() | (found_ids < 0)
+    found = found.masked_fill(missing, -math.inf)
+    found_ids = found_ids.masked_fill(missing, -1)
+    _check(where, found_ids, found)
+    found, order = found.topk(min(k, found.shape[1]), dim=1)
+    return found_ids.gather(1, order), found
+
+
+def _check(where: str, ids: Tensor, logp: Tensor) -> None:
+    """Refuse what is no part of a distribution, naming the token."""
+    above = (logp > 1e-3).any(1).nonzero()
+    if len(above):
+        token = int(above[0])
+        raise ValueError(
+            f"topk_logprobs: expected log-probs <= 0, got {logp[token].max():.3g} at token {token} of {where}; "
+            "probabilities?"
+        )
+    ordered = ids.sort(1).values
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1).nonzero()
+    if len(twice):
+        token = int(twice[0])
+        raise ValueError(
+            f"topk_ids: expected distinct ids, got one twice at token {token} of {where}: {ids[token].tolist()}"
+        )
+    mass = logp.exp().sum(1)
+    if (mass > 1.01).any():
+        token = int(mass.argmax())
+        raise ValueError(
+            f"topk_logprobs: expected probabilities that sum to at most 1, got {mass[token]:.3g} at token {token} of "
+            f"{where}"
+        )
+
+
+def _as_tensor(places: Any, filler: float, dtype: torch.dtype) -> Tensor:
+    """Return ``[T, K]`` of a list a token; shorter ones, and a None, are filled."""
+    if isinstance(places, Tensor) or hasattr(places, "__array__"):
+        return torch.as_tensor(places, dtype=dtype)
+    lengths = torch.tensor([len(place) for place in places])
+    flat = [filler if value is None else value for place in places for value in place]
+    whole = torch.full((len(places), int(lengths.max())), filler, dtype=dtype)
+    whole[torch.arange(whole.shape[1]) < lengths[:, None]] = torch.tensor(flat, dtype=dtype)
+    return whole

@@ -3,11 +3,14 @@
 The rollout policy's K likeliest tokens come from the engine where it gives log-probs (vLLM, a rollout function), else
 from the pass with which TRL scores the responses under the weights that sampled them. The current policy's log-probs of
 these tokens follow from the hidden states of the loss's own forward pass and the sampled token's log-prob, which TRL
-has: K + 1 rows of the output weight a token, no further product with the vocabulary.
+has: K + 1 rows of the output weight a token, no further product with the vocabulary. Where TRL rounds its logits
+(bfloat16 models, autocast), its log-probs have errors that this would carry to every other token, many times the
+divergence: there log pi is computed anew, from logits that nobody rounds, with one product more a micro-batch.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +23,9 @@ from cppo.ops.token_statistics import token_statistics, topk_log_probs
 from .engine_topk import EngineTopK, collect
 from .head import OutputHead
 
-IDS, LOGP = "rollout_topk_ids", "rollout_topk_logp"  # columns of TRL's batches, row-aligned with the others
+# Columns of TRL's batches, row-aligned with the others. The sampled token's own log-prob stands there where the rollout
+# policy's likeliest tokens come from the trainer, so that all of mu comes from one computation.
+IDS, LOGP, SAMPLED = "rollout_topk_ids", "rollout_topk_logp", "rollout_sampled_logp"
 
 
 class DivergenceMeter:
@@ -43,11 +48,14 @@ class DivergenceMeter:
         self._scored: list[Any] | None = None  # not None: the next scoring pass is the rollout policy's
         self._batch: dict[str, Any] = {}
         self._hidden: Tensor | None = None
-        head.backbone.register_forward_hook(self._listen)
+        me = weakref.ref(self)  # the model outlives its trainer; the hook stays, as a compiled model would not miss it
 
-    def _listen(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
-        if self._receive is not None:
-            self._receive(output[0])
+        def listen(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+            meter = me()
+            if meter is not None and meter._receive is not None:
+                meter._receive(output[0])
+
+        head.backbone.register_forward_hook(listen)
 
     @contextmanager
     def rollout(self, rows: list[dict[str, Any]]) -> Iterator[Callable[[dict[str, Any]], None]]:
@@ -67,16 +75,19 @@ class DivergenceMeter:
                 assert self._scored is not None
                 ids = torch.cat([part.ids for part in self._scored])
                 logp = torch.cat([part.logp for part in self._scored])
+                output[SAMPLED] = torch.cat([part.token_logp for part in self._scored]).to(mask.device)
             output[IDS], output[LOGP] = ids.to(mask.device, torch.int32), logp.to(mask.device)
 
         try:
             yield attach
         finally:
             self._scored = None
+            if self._engine is not None:
+                self._engine.clear()
 
     @contextmanager
-    def scoring(self, tokens: int) -> Iterator[None]:
-        """Around a pass that scores responses of that many tokens: the first of a rollout is the rollout policy's.
+    def scoring(self, ids: Tensor, tokens: int) -> Iterator[None]:
+        """Around a pass that scores the last ``tokens`` of ``ids``: the first of a rollout is the rollout policy's.
 
         A later one may be the reference policy's, which with PEFT runs through the same backbone.
         """
@@ -87,7 +98,11 @@ class DivergenceMeter:
 
         def keep(hidden: Tensor) -> None:
             # Reduced at once: hidden states of a whole rollout would be kept otherwise.
-            scored.append(topk_log_probs(k=self._k, **self._head.arguments(_before(hidden, tokens))))
+            done = sum(len(part.ids) for part in scored)
+            arguments = self._head.arguments(_before(hidden, tokens))
+            sampled = ids[done : done + len(hidden), -tokens:].to(arguments["hidden"].device)
+            with self._head.precision(hidden):
+                scored.append(topk_log_probs(k=self._k, token_ids=sampled, **arguments))
 
         self._receive = keep
         try:
@@ -119,15 +134,19 @@ class DivergenceMeter:
         arguments = self._head.arguments(_before(hidden, ids.shape[1]))
         device = arguments["hidden"].device
         mask = self._batch["completion_mask"].to(device) > 0
-        return token_statistics(
-            token_ids=ids.to(device).masked_fill(~mask, -100),
-            rollout_logp=rollout_logp.to(device),
-            topk_ids=self._batch[IDS].to(device),
-            rollout_topk_logp=self._batch[LOGP].to(device),
-            divergence=self._divergence,
-            logp=logp.detach().to(device),
-            **arguments,
-        ).divergence.to(logp.device)  # type: ignore[union-attr]  # one was asked for
+        given = None if self._head.rounds(hidden) else logp.detach().to(device)
+        with torch.no_grad(), self._head.precision(hidden):
+            found = token_statistics(
+                token_ids=ids.to(device).masked_fill(~mask, -100),
+                rollout_logp=self._batch.get(SAMPLED, rollout_logp).to(device),
+                topk_ids=self._batch[IDS].to(device),
+                rollout_topk_logp=self._batch[LOGP].to(device),
+                divergence=self._divergence,
+                logp=given,
+                **arguments,
+            ).divergence
+        assert found is not None  # one was asked for
+        return found.to(logp.device)
 
 
 def _before(hidden: Tensor, tokens: int) -> Tensor:
@@ -144,5 +163,10 @@ def _from_rows(rows: list[dict[str, Any]], divergence: str) -> list[tuple[Any, A
                     f"rollout_func: expected {name!r} in what it returns, a list a completion of a list a token, "
                     f"because divergence={divergence!r} compares with the engine's likeliest tokens; completion "
                     f"{number} has none"
+                )
+            if isinstance(row[name], Tensor) and row[name].dim() == 3:  # not a list: TRL gives it whole to every row
+                raise ValueError(
+                    f"rollout_func: expected {name!r} to be a list of one [T, K] a completion, got one tensor "
+                    f"{list(row[name].shape)}"
                 )
     return [(row["topk_ids"], row["topk_logprobs"]) for row in rows]

@@ -51,6 +51,8 @@ class TrustRegionTrainer(GRPOTrainer):
         check_surface()
         bound = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
         config = bound.get("args") or GRPOConfig(output_dir="trainer_output")
+        if isinstance(divergence_top_k, bool) or not isinstance(divergence_top_k, int) or divergence_top_k < 1:
+            raise ValueError(f"divergence_top_k={divergence_top_k!r}: expected a positive integer")
         engine_log_probs = bool(config.use_vllm or bound.get("rollout_func"))
         check_config(config, method, engine_log_probs=engine_log_probs)
         measured = takes_topk(method)
@@ -70,7 +72,13 @@ class TrustRegionTrainer(GRPOTrainer):
         divergence: str = self.method.divergence  # type: ignore[union-attr]  # a method without one measures nothing
         why = f"divergence={divergence!r} is measured from them"
         check_whole_head(self, why)
-        head = OutputHead(self.accelerator.unwrap_model(self.model), self.temperature, why)
+        head = OutputHead(
+            self.accelerator.unwrap_model(self.model),
+            self.temperature,
+            why,
+            wide=bool(getattr(self.args, "cast_lm_head_to_fp32", False)),
+            autocast=self.accelerator.autocast,
+        )
         by_function = self.rollout_func is not None
         engine = EngineTopK(self.vllm_generation, k) if self.use_vllm and not by_function else None
         return DivergenceMeter(head, divergence, k, engine=engine, rollout_func=by_function)
@@ -92,7 +100,7 @@ class TrustRegionTrainer(GRPOTrainer):
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Let the meter listen to the pass that scores the responses under the weights that sampled them."""
-        listening = nullcontext() if self._meter is None else self._meter.scoring(logits_to_keep)
+        listening = nullcontext() if self._meter is None else self._meter.scoring(input_ids, logits_to_keep)
         with listening:
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
