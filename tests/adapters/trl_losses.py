@@ -13,8 +13,8 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
-from test_trl import make_config, make_model, make_tokenizer, reward_letters
 from trl import GRPOTrainer
+from trl_training import make_config, make_model, make_tokenizer, reward_letters
 
 import cppo
 
