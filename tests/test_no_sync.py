@@ -114,6 +114,8 @@ def test_token_statistics_and_their_gradients_never_look(dtype, needed, shaping,
     wide = torch.promote_types(dtype, torch.float32)
     for kind in ("binary_tv", "binary_kl", "topk_tv", "topk_kl", None):
         hidden, weight, ids, named = meta_head(dtype, needed)
+        if kind is None:
+            named = {"bias": named["bias"]}
         found = cppo.token_statistics(
             hidden, weight, ids, **named, **shaping, divergence=kind, entropy=entropy, chunk_tokens=16
         )
@@ -133,7 +135,7 @@ def test_given_log_probs_and_likeliest_tokens_never_look(dtype):
         logp = torch.empty(2, 20, device="meta")
         found = cppo.token_statistics(hidden, weight, ids, **named, divergence=kind, logp=logp, chunk_tokens=16)
         assert found.divergence.shape == (2, 20)
-    kept = cppo.topk_log_probs(hidden, weight, 3, bias=named["bias"], chunk_tokens=16)
+    kept = cppo.topk_log_probs(hidden, weight, 3, token_ids=ids, bias=named["bias"], chunk_tokens=16)
     assert kept.ids.shape == kept.logp.shape == (2, 20, 3)
     assert kept.logp.dtype == wide
 
