@@ -1,0 +1,202 @@
+"""The trust regions of this package as policy losses of verl, through its own registry.
+
+    actor_rollout_ref.actor.policy_loss._target_=cppo.adapters.verl.TrustRegionLoss
+    actor_rollout_ref.actor.policy_loss.loss_mode=cppo
+    +actor_rollout_ref.actor.policy_loss.delta=0.15          # any knob of the method
+    algorithm.rollout_correction.bypass_mode=True            # the ratio is taken to the sampler
+
+Importing this module registers every method that verl does not have; verl imports it by itself where this package is
+installed (entry point ``verl.plugins``), where a configuration names :class:`TrustRegionLoss`, and where
+``VERL_USE_EXTERNAL_MODULES`` or ``external_lib`` name it. What verl calls the old log-probs is the sampler's in bypass
+mode. The loss is -k_t A_t a token, whose gradient by logp_t is -k_t A_t, summed by verl's own ``agg_loss``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cppo.methods import METHODS, Method, make_method, needed_inputs
+from cppo.metrics import decision_metrics
+from cppo.objective import decide
+
+try:
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register_policy_loss
+    from verl.workers.config import PolicyLossConfig
+except Exception as error:
+    # verl tells of a plugin that cannot be loaded at debug level only; the run would end in "Unsupported loss mode".
+    logging.getLogger(__name__).error("cppo.adapters.verl: cannot be loaded, no loss was registered: %r", error)
+    raise
+
+TESTED = "0.9"
+# Knobs of any method that verl can run, as fields of one configuration; None: the method's default.
+_KNOBS = sorted(
+    {field.name for kind in METHODS.values() if not kind.summary.needs for field in dataclasses.fields(kind)}
+)
+
+
+def _check(self: Any) -> None:
+    build_method(self)
+
+
+# One class for all methods, so that a launch command names one; a knob that its method does not have is refused.
+TrustRegionLoss: Any = dataclasses.make_dataclass(
+    "TrustRegionLoss",
+    [("loss_mode", str, dataclasses.field(default="cppo")), *((name, Any, None) for name in _KNOBS)],
+    bases=(PolicyLossConfig,),
+    namespace={
+        "__post_init__": _check,
+        "__doc__": "verl's ``PolicyLossConfig`` with the knobs of this package's methods; ``loss_mode`` names one.",
+        "__module__": __name__,
+    },
+)
+
+
+def build_method(config: Any) -> Method:
+    """Return the method that a policy-loss configuration describes.
+
+    Args:
+        config: a :class:`TrustRegionLoss`, or verl's own ``PolicyLossConfig``: the method with its default knobs.
+
+    Raises:
+        ValueError: for an unknown method, a knob that the method does not have or that is out of range, or a method
+            that needs what verl does not keep.
+    """
+    name = config.loss_mode
+    if name not in registered():  # one of verl's own would run with its own knobs, and these be ignored
+        raise ValueError(f"policy_loss.loss_mode={name!r}: expected one of {', '.join(registered())}")
+    knobs = {knob: getattr(config, knob) for knob in _KNOBS if getattr(config, knob, None) is not None}
+    method = make_method(name, **knobs)
+    needed = needed_inputs(method)
+    if needed:
+        raise ValueError(
+            f"policy_loss: expected a method that needs no {' and no '.join(needed)}, got {method!r}; verl keeps the "
+            "sampled token's log-prob alone (divergence=binary_tv and binary_kl need no more)"
+        )
+    return method
+
+
+def registered() -> list[str]:
+    """Return the names under which this package's methods are registered."""
+    return [name for name, loss in POLICY_LOSS_REGISTRY.items() if getattr(loss, "__module__", "") == __name__]
+
+
+def _make_loss(name: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
+    def policy_loss(
+        *,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss of one micro-batch, whose rows are whole responses, and its metrics."""
+        if rollout_is_weights is not None:
+            raise ValueError(
+                "rollout_is_weights: expected None, because the ratio is taken to the sampler already; set "
+                "algorithm.rollout_correction.bypass_mode=True"
+            )
+        settings = getattr(config, "policy_loss", None)
+        method = make_method(name) if settings is None else build_method(settings)
+        with torch.autocast(log_prob.device.type, enabled=False):
+            decision = decide(method, log_prob, others["old_log_prob"], advantages, response_mask)
+            kept = decision.coefficient != 0
+            # A rejected token's advantage or log-prob may be NaN: it must meet neither a product nor a gradient.
+            weight = torch.where(kept, decision.coefficient * advantages, 0.0)
+            log_prob = torch.where(kept, log_prob, 0.0)
+            tokens = -weight * (1 + log_prob - log_prob.detach())
+            loss = agg_loss(
+                loss_mat=tokens, loss_mask=response_mask, loss_agg_mode=loss_agg_mode,
+                **(getattr(config, "global_batch_info", None) or {}),
+            )  # fmt: skip
+        return loss, _metrics(decision)
+
+    policy_loss.__name__ = policy_loss.__qualname__ = f"policy_loss_{name}"
+    return policy_loss
+
+
+def _metrics(decision: Any) -> dict[str, float]:
+    found = decision_metrics(decision)
+    found.pop("input/first_nonfinite")
+    values = torch.stack([value.to(torch.float32) for value in found.values()]).tolist()  # one wait for the device
+    return {f"actor/{name}": value for name, value in zip(found, values, strict=True)}
+
+
+def check_launch(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration of ``verl.trainer.main_ppo`` under which the method would not act on the sampler's policy.
+
+    Args:
+        config: the composed configuration (an OmegaConf ``DictConfig``, or a dict of the same form).
+
+    Raises:
+        ValueError: naming the key, its value and what was expected.
+    """
+    truncated = "the sampler would not be the policy whose ratio is taken"
+    checks: list[tuple[str, Callable[[Any], bool], str, str]] = [
+        (
+            "algorithm.rollout_correction.bypass_mode",
+            bool,
+            "True",
+            "else the ratio and the divergence are taken to the trainer's recomputed policy",
+        ),
+        ("actor_rollout_ref.rollout.calculate_log_probs", bool, "True", "they are the sampler's"),
+        ("actor_rollout_ref.rollout.top_p", lambda value: value == 1, "1", truncated),
+        ("actor_rollout_ref.rollout.top_k", lambda value: value in (-1, 0), "-1", truncated),
+        (
+            "trainer.use_v1",
+            lambda value: value is not False,
+            "True",
+            "in bypass mode the older trainer writes over loss_mode",
+        ),
+    ]
+    for key, right, expected, why in checks:
+        value = _at(config, key)
+        if value is not _MISSING and not right(value):
+            raise ValueError(f"{key}={value!r}: expected {expected}; {why}")
+    loss_mode = _at(config, "actor_rollout_ref.actor.policy_loss.loss_mode")
+    if loss_mode not in registered():
+        raise ValueError(
+            f"actor_rollout_ref.actor.policy_loss.loss_mode={loss_mode!r}: expected one of {', '.join(registered())}"
+        )
+    batch, mini = _at(config, "data.train_batch_size"), _at(config, "actor_rollout_ref.actor.ppo_mini_batch_size")
+    epochs = _at(config, "actor_rollout_ref.actor.ppo_epochs")
+    if batch == mini and epochs == 1:
+        raise ValueError(
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={mini}: expected less than data.train_batch_size={batch}, or "
+            "ppo_epochs above 1; with one update a rollout only the engines' mismatch moves the ratio, and a trust "
+            "region never acts on drift"
+        )
+
+
+_MISSING = object()
+
+
+def _at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        try:
+            config = config[part]
+        except (KeyError, TypeError, AttributeError):
+            return _MISSING
+    return config
+
+
+def _register() -> None:
+    version = importlib.metadata.version("verl")
+    if version.rpartition(".")[0] != TESTED:
+        warnings.warn(f"verl {version}: this adapter was tested against {TESTED}.1", stacklevel=2)
+    for name, kind in METHODS.items():
+        # verl's own losses keep their names; a method that needs the rollout's entropy gets none here.
+        if name not in POLICY_LOSS_REGISTRY and not kind.summary.needs:
+            register_policy_loss(name)(_make_loss(name))
+
+
+_register()
