@@ -26,10 +26,10 @@ def test_without_the_train_extra_the_command_says_what_is_missing():
     code = "import sys; sys.modules['typer'] = None; from cppo.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "cppo: the command line needs typer: pip install 'cppo[train]'\n"
+    assert done.stderr == "cppo: the command line needs typer: pip install 'cppo[train]' (beside verl: 'cppo[verl]')\n"
 
 
-@pytest.mark.parametrize("name", [[], ["train"], ["eval"], ["methods"]])
+@pytest.mark.parametrize("name", [[], ["train"], ["eval"], ["methods"], ["doctor"]])
 def test_help_has_examples(name):
     done = cppo_command(*name, "--help")
     assert done.returncode == 0
@@ -97,6 +97,7 @@ def test_a_narrow_window_gets_blocks_and_no_broken_words():
         (["train", "--report-to", "wandb"], "report_to='wandb': expected a tracker that is known and installed"),
         (["eval", "./nowhere", "--task", "running_sum"], "nowhere"),
         (["eval", "./nowhere"], "--task"),
+        (["doctor", "--config", "nowhere.yaml"], "--config nowhere.yaml: cannot be read"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_nothing_is_left_behind(tmp_path, arguments, message):

@@ -6,11 +6,13 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; say how to install it where the package came without the ``train`` extra."""
+    """Run the command line; say how to install it where the package came without an extra."""
     try:
         from .cli import main as run
     except ModuleNotFoundError as error:
-        sys.stderr.write(f"cppo: the command line needs {error.name}: pip install 'cppo[train]'\n")
+        sys.stderr.write(
+            f"cppo: the command line needs {error.name}: pip install 'cppo[train]' (beside verl: 'cppo[verl]')\n"
+        )
         sys.exit(2)
     run()
 

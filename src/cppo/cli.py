@@ -1,4 +1,4 @@
-"""The command line: ``cppo train``, ``cppo eval``, ``cppo methods``."""
+"""The command line: ``cppo train``, ``cppo eval``, ``cppo methods``, ``cppo doctor``."""
 
 from __future__ import annotations
 
@@ -187,6 +187,31 @@ def methods(
         if settings[key]:
             print("\nPublished settings\n")
             _print_settings(settings[key])
+
+
+@app.command(
+    epilog="Examples:  cppo doctor  |  cppo doctor --config my_verl.yaml  |  cppo doctor --config launch.sh --json"
+)
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A verl configuration or GRPOConfig fields (.yaml), or a file with a verl launch command."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check the installed stacks: versions, one step's gradient against the closed form, a launch's known traps."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from cppo.doctor import examine
+
+    findings = []
+    for finding in examine(config):
+        findings.append(finding)
+        if not as_json:
+            print(f"{finding.status:8}{finding.subject:28}{finding.message}", flush=True)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    if any(finding.status == "failed" for finding in findings):
+        sys.exit(1)
 
 
 def _known(name: str, kinds: Mapping[str, Any]) -> str:

@@ -132,60 +132,65 @@ def _metrics(decision: Any) -> dict[str, float]:
 
 
 def check_launch(config: Mapping[str, Any]) -> None:
-    """Refuse a configuration of ``verl.trainer.main_ppo`` under which the method would not act on the sampler's policy.
+    """Refuse a configuration of ``verl.trainer.main_ppo`` whose method would not act on the sampler's policy.
 
     Args:
-        config: the composed configuration (an OmegaConf ``DictConfig``, or a dict of the same form).
+        config: the composed configuration (an OmegaConf ``DictConfig``, or a dict of the same form); a key that is not
+            there has verl's default.
 
     Raises:
         ValueError: naming the key, its value and what was expected.
     """
-    truncated = "the sampler would not be the policy whose ratio is taken"
-    checks: list[tuple[str, Callable[[Any], bool], str, str]] = [
-        (
-            "algorithm.rollout_correction.bypass_mode",
-            bool,
-            "True",
-            "else the ratio and the divergence are taken to the trainer's recomputed policy",
-        ),
-        ("actor_rollout_ref.rollout.calculate_log_probs", bool, "True", "they are the sampler's"),
-        ("actor_rollout_ref.rollout.top_p", lambda value: value == 1, "1", truncated),
-        ("actor_rollout_ref.rollout.top_k", lambda value: value in (-1, 0), "-1", truncated),
-        (
-            "trainer.use_v1",
-            lambda value: value is not False,
-            "True",
-            "in bypass mode the older trainer writes over loss_mode",
-        ),
-    ]
-    for key, right, expected, why in checks:
-        value = _at(config, key)
-        if value is not _MISSING and not right(value):
-            raise ValueError(f"{key}={value!r}: expected {expected}; {why}")
-    loss_mode = _at(config, "actor_rollout_ref.actor.policy_loss.loss_mode")
+    for problem in launch_problems(config):
+        raise ValueError(problem)
+
+
+def launch_problems(config: Mapping[str, Any]) -> list[str]:
+    """Return what :func:`check_launch` would refuse, all of it."""
+    problems = []
+    for key, default, right, expected, why in _LAUNCH:
+        value = _at(config, key, default)
+        if not right(value):
+            problems.append(f"{key}={value!r}: expected {expected}; {why}")
+    actor = "actor_rollout_ref.actor"
+    settings = _at(config, f"{actor}.policy_loss", {})
+    loss_mode = _at(settings, "loss_mode", "vanilla")
     if loss_mode not in registered():
-        raise ValueError(
-            f"actor_rollout_ref.actor.policy_loss.loss_mode={loss_mode!r}: expected one of {', '.join(registered())}"
+        problems.append(f"{actor}.policy_loss.loss_mode={loss_mode!r}: expected one of {', '.join(registered())}")
+    mini = _at(config, f"{actor}.ppo_mini_batch_size", 256)
+    batch = _at(config, "data.train_batch_size", 1024)
+    if batch == mini and _at(config, f"{actor}.ppo_epochs", 1) == 1:
+        problems.append(
+            f"{actor}.ppo_mini_batch_size={mini}: expected less than data.train_batch_size={batch}, or ppo_epochs "
+            "above 1; with one update a rollout only the engines' mismatch moves the ratio, and a trust region never "
+            "acts on drift"
         )
-    batch, mini = _at(config, "data.train_batch_size"), _at(config, "actor_rollout_ref.actor.ppo_mini_batch_size")
-    epochs = _at(config, "actor_rollout_ref.actor.ppo_epochs")
-    if batch == mini and epochs == 1:
-        raise ValueError(
-            f"actor_rollout_ref.actor.ppo_mini_batch_size={mini}: expected less than data.train_batch_size={batch}, or "
-            "ppo_epochs above 1; with one update a rollout only the engines' mismatch moves the ratio, and a trust "
-            "region never acts on drift"
-        )
+    return problems
 
 
-_MISSING = object()
+_TRUNCATED = "the sampler would not be the policy whose ratio is taken"
+# key, verl's default, what is right, in words, why
+_LAUNCH: list[tuple[str, Any, Callable[[Any], bool], str, str]] = [
+    (
+        "algorithm.rollout_correction.bypass_mode",
+        False,
+        bool,
+        "True",
+        "else the ratio and the divergence are taken to the trainer's recomputed policy",
+    ),
+    ("actor_rollout_ref.rollout.calculate_log_probs", True, bool, "True", "they are the sampler's"),
+    ("actor_rollout_ref.rollout.top_p", 1, lambda value: value == 1, "1", _TRUNCATED),
+    ("actor_rollout_ref.rollout.top_k", -1, lambda value: value in (-1, 0), "-1", _TRUNCATED),
+    ("trainer.use_v1", True, bool, "True", "in bypass mode the older trainer writes over loss_mode"),
+]
 
 
-def _at(config: Any, key: str) -> Any:
+def _at(config: Any, key: str, default: Any) -> Any:
     for part in key.split("."):
         try:
             config = config[part]
         except (KeyError, TypeError, AttributeError):
-            return _MISSING
+            return default
     return config
 
 
