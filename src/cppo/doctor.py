@@ -109,7 +109,7 @@ def _self_test(stack: str, test: Callable[[], tuple[Tensor, Tensor, float]]) -> 
     if not distance < _TOLERANCE:
         return Finding(
             subject, "failed",
-            f"differs from the closed form by {distance:.1e} of its largest entry; expected less than {_TOLERANCE:.0e}: "
+            f"differs from the closed form by {distance:.1e} of its largest entry (expected < {_TOLERANCE:.0e}): "
             f"this {stack} does something else with the loss; use a version in the tested window",
         )  # fmt: skip
     if not 0 < masked < 1:
