@@ -122,16 +122,18 @@ def test_narrow_factors_give_no_larger_errors_than_plain_torch_in_that_dtype(mon
     assert_no_larger_errors(dtype, dtype, dtype, entropy, shaping)
 
 
-@pytest.mark.parametrize("factor", [2.0**-10, 1.0, 2.0**12])
+@pytest.mark.parametrize("factor", [2.0**-10, 1.0, 2.0**12, 40_000.0])
 def test_a_scaled_loss_overflows_no_float16_factor(monkeypatch, factor):
-    # The gradients themselves fit; e^z times the scale would not.
+    # The gradients themselves fit; what comes from above does not, nor would probabilities times it.
     multiply_as_an_accelerator(monkeypatch)
-    head = cast(draw(seed=32, shape=(40,), vocabulary=499, spread=0.3), FLOAT16, FLOAT16)
+    head = draw(seed=32, shape=(40,), vocabulary=499, spread=0.3)
+    head = cast(dataclasses.replace(head, hidden=head.hidden * 0.05), FLOAT16, FLOAT16)
     head = dataclasses.replace(head, pull=head.pull.clamp(-2, 2) * factor)
     mine, truths = head.leaves(), head.leaves(dtype=FLOAT64)
     found, truth = head.ask(None, projection=mine, entropy=True), plain(head, FLOAT64, truths)
     wanted = head.backward(*truth[:2], truths)
-    for one, other in zip(head.backward(found.logp, found.entropy, mine), wanted, strict=True):
+    fitting = 3 if factor < 40_000 else 2  # the bias's sums over tokens do not, at the largest
+    for one, other in zip(head.backward(found.logp, found.entropy, mine)[:fitting], wanted[:fitting], strict=True):
         assert rms(one, other) <= 2e-3 * rms(other, 0.0)
 
 
