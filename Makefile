@@ -38,6 +38,7 @@ wheel: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/mask.py
+	$(BIN)/python benchmarks/token_statistics.py
 	$(BIN)/python benchmarks/trl_step.py
 
 $(STAMP): pyproject.toml constraints.txt
