@@ -1,8 +1,10 @@
 """cppo doctor: an intact stack passes, a drifted one does not, and a launch's traps are named."""
 
 import json
+import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -25,6 +27,13 @@ def test_the_installed_stack_is_in_its_window_and_gives_the_closed_forms_gradien
     assert message.startswith("equals the closed form to ")
     masked = int(message.split(" with ")[1].split("%")[0])
     assert 5 < masked < 95
+
+
+def test_the_windows_are_those_that_the_package_asks_for():
+    project = tomllib.loads((pathlib.Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    for package, window in doctor.WINDOWS.items():
+        assert window is None or f"{package}{window}" in asked
 
 
 def test_a_version_outside_its_window_fails(monkeypatch):

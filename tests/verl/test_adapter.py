@@ -11,17 +11,16 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from verl.trainer.ppo import core_algos
-from verl.utils import tensordict_utils
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 from verl_losses import (
     AGGREGATIONS,
-    RESPONSES,
-    WIDTH,
+    as_the_engine_has_it,
     assert_same_gradient,
     make_batch,
     make_config,
+    of_the_responses,
     our_gradient,
     run_verl,
 )
@@ -101,24 +100,10 @@ def test_bfloat16_autocast_changes_nothing():
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum-norm"])
 def test_verls_ppo_loss_on_jagged_rows_of_a_global_batch(aggregation):
-    batch, prompt, name = make_batch(5), 2, "cppo"
-    lengths = (batch.mask * torch.arange(1, WIDTH + 1)).amax(1).clamp(min=1).tolist()
-
-    def jagged(values, before=0, after=0):
-        rows = [torch.nn.functional.pad(r[:n], (before, after)) for r, n in zip(values, lengths, strict=True)]
-        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-
-    log_probs = jagged(batch.logp, before=prompt - 1, after=1).requires_grad_()
+    batch, name = make_batch(5), "cppo"
     ranks, all_tokens, all_responses, horizon = 4, 1234, 99, 50
-    data = tensordict_utils.get_tensordict(
-        {
-            "prompts": torch.nested.as_nested_tensor([torch.zeros(prompt)] * RESPONSES, layout=torch.jagged),
-            "responses": jagged(torch.zeros_like(batch.logp)),
-            "response_mask": jagged(batch.mask.long()),
-            "old_log_probs": jagged(batch.anchor_logp),
-            "advantages": jagged(batch.advantages),
-        },
-        {"dp_size": ranks, "batch_num_tokens": all_tokens, "global_batch_size": all_responses},
+    log_probs, data, lengths = as_the_engine_has_it(
+        batch, dp_size=ranks, batch_num_tokens=all_tokens, global_batch_size=all_responses
     )
     stock = make_config(name, loss_agg_mode=aggregation, loss_scale_factor=horizon)
     config = dataclasses.replace(stock, policy_loss=adapter.TrustRegionLoss(**METHODS[name]))
@@ -130,8 +115,8 @@ def test_verls_ppo_loss_on_jagged_rows_of_a_global_batch(aggregation):
         denominator=(all_tokens if aggregation == "token-mean" else all_responses) / ranks,
         fixed_length=None if aggregation == "token-mean" else horizon,
     )  # fmt: skip
-    for row, (gradient, n) in enumerate(zip(log_probs.grad.unbind(), lengths, strict=True)):
-        torch.testing.assert_close(gradient[prompt - 1 : -1], expected[row, :n], rtol=1e-10, atol=1e-14)
+    for row, (gradient, n) in enumerate(zip(of_the_responses(log_probs.grad), lengths, strict=True)):
+        torch.testing.assert_close(gradient, expected[row, :n], rtol=1e-10, atol=1e-14)
     assert metrics["actor/gate/masked_fraction"].aggregate() > 0
     assert {"actor/gate/budget_share", "actor/account/delta_b", "actor/divergence/mean"} <= metrics.keys()
 
@@ -206,6 +191,11 @@ def test_a_launch_as_the_readme_has_it_passes():
         ("actor_rollout_ref.rollout.calculate_log_probs=False", "calculate_log_probs=False: expected True"),
         ("trainer.use_v1=False", "use_v1=False: expected True"),
         ("actor_rollout_ref.actor.policy_loss.loss_mode=vanilla", "loss_mode='vanilla': expected one of cppo"),
+        (
+            "+actor_rollout_ref.actor.policy_loss.delta=-1",
+            r"ref.actor: CPPO\(delta=-1\): expected a number",
+        ),
+        ("+actor_rollout_ref.actor.policy_loss.detla=1", "ref.actor: .*'detla'"),
         ("actor_rollout_ref.actor.ppo_mini_batch_size=1024", "ppo_mini_batch_size=1024: expected less than"),
     ],
 )

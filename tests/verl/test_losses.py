@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from verl.utils import tensordict_utils
 from verl.workers.utils.losses import ppo_loss
 from verl_losses import (
     AGGREGATIONS,
@@ -12,11 +11,12 @@ from verl_losses import (
     NEVER,
     RESPONSES,
     SEEDS,
-    WIDTH,
     Case,
+    as_the_engine_has_it,
     assert_same_gradient,
     make_batch,
     make_config,
+    of_the_responses,
     our_gradient,
     tokens,
     verl_gradient,
@@ -129,35 +129,19 @@ def test_a_divergence_at_its_threshold_is_kept_and_one_rounding_beyond_is_not(ad
     ],
 )
 def test_verls_engine_and_our_packed_layout_agree_on_a_part_of_a_global_batch(name, aggregation):
-    case, batch, prompt = CASES[name], make_batch(5), 2
-    # As verl's engine has it: jagged, masked tokens and the empty response included.
-    lengths = (batch.mask * torch.arange(1, WIDTH + 1)).amax(1).clamp(min=1).tolist()
-
-    def jagged(values, before=0, after=0):
-        pad = torch.nn.functional.pad
-        rows = [pad(row[:length], (before, after)) for row, length in zip(values, lengths, strict=True)]
-        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-
-    # The model's output at a position is the log-prob of the next token.
-    log_probs = jagged(batch.logp, before=prompt - 1, after=1).requires_grad_()
+    case, batch = CASES[name], make_batch(5)
     ranks, all_tokens, all_responses, horizon = 4, 1234, 99, 50
-    data = tensordict_utils.get_tensordict(
-        {
-            "prompts": torch.nested.as_nested_tensor([torch.zeros(prompt)] * RESPONSES, layout=torch.jagged),
-            "responses": jagged(torch.zeros_like(batch.logp)),
-            "response_mask": jagged(batch.mask.long()),
-            "old_log_probs": jagged(batch.anchor_logp),
-            "advantages": jagged(batch.advantages),
-        },
-        {"dp_size": ranks, "batch_num_tokens": all_tokens, "global_batch_size": all_responses},
+    log_probs, data, lengths = as_the_engine_has_it(
+        batch, dp_size=ranks, batch_num_tokens=all_tokens, global_batch_size=all_responses
     )
     config = make_config(case.loss_mode, loss_agg_mode=aggregation, loss_scale_factor=horizon, **case.knobs)
     loss, _ = ppo_loss(config, {"log_probs": log_probs}, data)
     loss.backward()
-    expected = torch.cat([row[prompt - 1 : -1] for row in log_probs.grad.unbind()])
+    expected = torch.cat(of_the_responses(log_probs.grad))
 
     logp, anchor_logp, A, mask = (
-        jagged(x).values() for x in (batch.logp, batch.anchor_logp, batch.advantages, batch.mask)
+        torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)])
+        for x in (batch.logp, batch.anchor_logp, batch.advantages, batch.mask)
     )
     logp = logp.detach().clone().requires_grad_()
     reduction = AGGREGATIONS[aggregation]["reduction"]

@@ -9,6 +9,7 @@ import dataclasses
 import torch
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
+from verl.utils import tensordict_utils
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 import cppo
@@ -133,6 +134,34 @@ def assert_same_gradient(found, expected):
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
     if expected.dtype == torch.float64:
         assert torch.equal(found == 0, expected == 0)
+
+
+def as_the_engine_has_it(batch, *, prompt=2, **counts):
+    """Return (log_probs of the model's outputs, data, each row's length): jagged, the empty response of one token."""
+    lengths = (batch.mask * torch.arange(1, WIDTH + 1)).amax(1).clamp(min=1).tolist()
+
+    def jagged(values, before=0, after=0):
+        pad = torch.nn.functional.pad
+        rows = [pad(row[:length], (before, after)) for row, length in zip(values, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+    data = tensordict_utils.get_tensordict(
+        {
+            "prompts": torch.nested.as_nested_tensor([torch.zeros(prompt)] * RESPONSES, layout=torch.jagged),
+            "responses": jagged(torch.zeros_like(batch.logp)),
+            "response_mask": jagged(batch.mask.long()),
+            "old_log_probs": jagged(batch.anchor_logp),
+            "advantages": jagged(batch.advantages),
+        },
+        counts,
+    )
+    # The model's output at a position is the log-prob of the next token.
+    return jagged(batch.logp, before=prompt - 1, after=1).requires_grad_(), data, lengths
+
+
+def of_the_responses(gradient, *, prompt=2):
+    """Return the gradient of each response's log-probs, of that of the model's outputs."""
+    return [row[prompt - 1 : -1] for row in gradient.unbind()]
 
 
 def verl_correction(batch, rollout_logp, **knobs):

@@ -153,10 +153,11 @@ def launch_problems(config: Mapping[str, Any]) -> list[str]:
         if not right(value):
             problems.append(f"{key}={value!r}: expected {expected}; {why}")
     actor = "actor_rollout_ref.actor"
-    settings = _at(config, f"{actor}.policy_loss", {})
-    loss_mode = _at(settings, "loss_mode", "vanilla")
-    if loss_mode not in registered():
-        problems.append(f"{actor}.policy_loss.loss_mode={loss_mode!r}: expected one of {', '.join(registered())}")
+    settings = {"loss_mode": "vanilla"} | dict(_at(config, f"{actor}.policy_loss", {}))
+    try:  # the method, its knobs and their ranges
+        TrustRegionLoss(**{name: value for name, value in settings.items() if name != "_target_"})
+    except (TypeError, ValueError) as error:
+        problems.append(f"{actor}: {error}")
     mini = _at(config, f"{actor}.ppo_mini_batch_size", 256)
     batch = _at(config, "data.train_batch_size", 1024)
     if batch == mini and _at(config, f"{actor}.ppo_epochs", 1) == 1:
