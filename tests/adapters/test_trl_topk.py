@@ -145,9 +145,12 @@ PRECISIONS = {
 }
 
 
+@pytest.mark.parametrize("k", [1, K])  # 1: often without the sampled token, whose own log-prob then counts
 @pytest.mark.parametrize("as_accelerator", [False, True])
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_a_policy_that_has_not_moved_has_no_divergence_however_trl_rounds(tmp_path, monkeypatch, name, as_accelerator):
+def test_a_policy_that_has_not_moved_has_no_divergence_however_trl_rounds(
+    tmp_path, monkeypatch, name, as_accelerator, k
+):
     if as_accelerator:  # factors as they come, or as autocast casts them
 
         def operand(device, factors, accumulator):
@@ -156,7 +159,7 @@ def test_a_policy_that_has_not_moved_has_no_divergence_however_trl_rounds(tmp_pa
         monkeypatch.setattr(projection, "_operand", operand)
     dtype, overrides = PRECISIONS[name]
     trainer = make_trainer(
-        tmp_path, METHODS["cppo tv"], kind=Watcher, model=make_sharp_model(dtype), arguments={"divergence_top_k": K},
+        tmp_path, METHODS["cppo tv"], kind=Watcher, model=make_sharp_model(dtype), arguments={"divergence_top_k": k},
         learning_rate=1e-12, max_steps=4, **overrides,
     )  # fmt: skip
     trainer.train()

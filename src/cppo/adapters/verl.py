@@ -107,17 +107,16 @@ def _make_loss(name: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
             )
         settings = getattr(config, "policy_loss", None)
         method = make_method(name) if settings is None else build_method(settings)
-        with torch.autocast(log_prob.device.type, enabled=False):
-            decision = decide(method, log_prob, others["old_log_prob"], advantages, response_mask)
-            kept = decision.coefficient != 0
-            # A rejected token's advantage or log-prob may be NaN: it must meet neither a product nor a gradient.
-            weight = torch.where(kept, decision.coefficient * advantages, 0.0)
-            log_prob = torch.where(kept, log_prob, 0.0)
-            tokens = -weight * (1 + log_prob - log_prob.detach())
-            loss = agg_loss(
-                loss_mat=tokens, loss_mask=response_mask, loss_agg_mode=loss_agg_mode,
-                **(getattr(config, "global_batch_info", None) or {}),
-            )  # fmt: skip
+        decision = decide(method, log_prob, others["old_log_prob"], advantages, response_mask)
+        kept = decision.coefficient != 0
+        # A rejected token's advantage or log-prob may be NaN: it must meet neither a product nor a gradient.
+        weight = torch.where(kept, decision.coefficient * advantages, 0.0)
+        log_prob = torch.where(kept, log_prob, 0.0)
+        tokens = -weight * (1 + log_prob - log_prob.detach())
+        loss = agg_loss(
+            loss_mat=tokens, loss_mask=response_mask, loss_agg_mode=loss_agg_mode,
+            **(getattr(config, "global_batch_info", None) or {}),
+        )  # fmt: skip
         return loss, _metrics(decision)
 
     policy_loss.__name__ = policy_loss.__qualname__ = f"policy_loss_{name}"
