@@ -76,6 +76,12 @@ def decision_metrics(decision: Decision) -> dict[str, Tensor]:
     return tally(decision).metrics()
 
 
+def to_floats(metrics: dict[str, Tensor], prefix: str = "") -> dict[str, float]:
+    """Return metrics as floats, their names behind ``prefix``; the host waits for the device once."""
+    values = torch.stack([value.to(torch.float32) for value in metrics.values()]).tolist()
+    return {f"{prefix}{name}": value for name, value in zip(metrics, values, strict=True)}
+
+
 @torch.no_grad()
 def tally(decision: Decision) -> Tally:
     """Return the sums behind the metrics of one decision; those of the parts of a batch add up."""

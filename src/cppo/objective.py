@@ -97,6 +97,26 @@ def decide(
         return decision
 
 
+def token_losses(decision: Decision, logp: Tensor) -> Tensor:
+    """Return -k_t A_t (1 + log pi(y_t) - [log pi(y_t)]) a token, for a framework that sums and divides by itself.
+
+    [.] is taken without gradient: the value is -k_t A_t, and so is the gradient with respect to logp_t (Eq. 11).
+
+    Args:
+        decision: what :func:`decide` answered for this ``logp``.
+        logp: as in :func:`decide`, with its graph; the only argument through which gradient flows.
+
+    Returns:
+        Token-shaped, in the wider of the decision's dtype and ``logp``'s; exactly 0, value and gradient, outside the
+        response and at a rejected token, whatever stands there.
+    """
+    kept = decision.coefficient != 0
+    # A rejected token's advantage or log-prob may be NaN: it must meet neither a product nor a gradient.
+    weight = torch.where(kept, decision.coefficient * decision.batch.advantages, 0.0)
+    logp = torch.where(kept, logp, 0.0)
+    return -weight * (1 + logp - logp.detach())
+
+
 def policy_loss(
     method: Method,
     logp: Tensor,

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from cppo.methods import METHODS, Method, make_method, needed_inputs
-from cppo.metrics import decision_metrics
-from cppo.objective import decide
+from cppo.metrics import decision_metrics, to_floats
+from cppo.objective import decide, token_losses
 
 try:
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register_policy_loss
@@ -108,13 +108,8 @@ def _make_loss(name: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
         settings = getattr(config, "policy_loss", None)
         method = make_method(name) if settings is None else build_method(settings)
         decision = decide(method, log_prob, others["old_log_prob"], advantages, response_mask)
-        kept = decision.coefficient != 0
-        # A rejected token's advantage or log-prob may be NaN: it must meet neither a product nor a gradient.
-        weight = torch.where(kept, decision.coefficient * advantages, 0.0)
-        log_prob = torch.where(kept, log_prob, 0.0)
-        tokens = -weight * (1 + log_prob - log_prob.detach())
         loss = agg_loss(
-            loss_mat=tokens, loss_mask=response_mask, loss_agg_mode=loss_agg_mode,
+            loss_mat=token_losses(decision, log_prob), loss_mask=response_mask, loss_agg_mode=loss_agg_mode,
             **(getattr(config, "global_batch_info", None) or {}),
         )  # fmt: skip
         return loss, _metrics(decision)
@@ -126,8 +121,7 @@ def _make_loss(name: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
 def _metrics(decision: Any) -> dict[str, float]:
     found = decision_metrics(decision)
     found.pop("input/first_nonfinite")
-    values = torch.stack([value.to(torch.float32) for value in found.values()]).tolist()  # one wait for the device
-    return {f"actor/{name}": value for name, value in zip(found, values, strict=True)}
+    return to_floats(found, "actor/")
 
 
 def check_launch(config: Mapping[str, Any]) -> None:
