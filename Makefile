@@ -1,13 +1,14 @@
-# `make demo`: set up and watch a model learn under CPPO. `make test`: set up and prove the code. `make test-verl`: the same
-# against verl's own losses, in an environment of its own.
+# `make demo`: set up and watch a model learn under CPPO. `make test`: set up and prove the code. `make test-verl` and
+# `make test-stacks`: the same against verl and the other frameworks, in an environment of their own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-VERL_VENV := .venv-verl
-VERL_STAMP := $(VERL_VENV)/.installed
+STACKS_VENV := .venv-stacks
+STACKS_BIN := $(STACKS_VENV)/bin
+STACKS_STAMP := $(STACKS_VENV)/.installed
 
-.PHONY: demo test lint types unit test-verl wheel bench clean
+.PHONY: demo test lint types unit test-verl test-stacks wheel bench clean
 
 demo: $(STAMP)
 	$(BIN)/cppo train --beside policy_gradient
@@ -25,8 +26,11 @@ unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 # verl needs an older transformers than TRL. A missing verl is a failure, not a skip.
-test-verl: $(VERL_STAMP)
-	OMP_NUM_THREADS=1 PYTHONPATH=src $(VERL_VENV)/bin/python -m pytest tests/verl
+test-verl: $(STACKS_STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=src $(STACKS_BIN)/python -m pytest tests/verl
+
+test-stacks: $(STACKS_STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=src $(STACKS_BIN)/python -m pytest tests/stacks
 
 # The wheel, in an environment that has nothing but what it asks for.
 wheel: $(STAMP)
@@ -46,10 +50,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-$(VERL_STAMP): tests/verl/requirements.txt
-	$(PYTHON) -m venv $(VERL_VENV)
-	$(VERL_VENV)/bin/pip install -q -r tests/verl/requirements.txt
+$(STACKS_STAMP): tests/stacks/requirements.txt
+	$(PYTHON) -m venv $(STACKS_VENV)
+	$(STACKS_BIN)/pip install -q -r tests/stacks/requirements.txt
+	$(STACKS_BIN)/pip install -q --no-deps skyrl==0.3.0
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VERL_VENV) .venv-wheel dist build
+	rm -rf $(VENV) $(STACKS_VENV) .venv-wheel dist build

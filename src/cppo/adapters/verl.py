@@ -20,12 +20,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from cppo.methods import METHODS, Method, make_method, needed_inputs
+from cppo.methods import METHODS, Method, make_method
 from cppo.metrics import decision_metrics, to_floats
 from cppo.objective import decide, token_losses
+
+from .sampled_tokens import method_for
 
 try:
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register_policy_loss
@@ -72,15 +73,7 @@ def build_method(config: Any) -> Method:
     name = config.loss_mode
     if name not in registered():  # one of verl's own would run with its own knobs, and these be ignored
         raise ValueError(f"policy_loss.loss_mode={name!r}: expected one of {', '.join(registered())}")
-    knobs = {knob: getattr(config, knob) for knob in _KNOBS if getattr(config, knob, None) is not None}
-    method = make_method(name, **knobs)
-    needed = needed_inputs(method)
-    if needed:
-        raise ValueError(
-            f"policy_loss: expected a method that needs no {' and no '.join(needed)}, got {method!r}; verl keeps the "
-            "sampled token's log-prob alone (divergence=binary_tv and binary_kl need no more)"
-        )
-    return method
+    return method_for("verl", name, **{knob: getattr(config, knob, None) for knob in _KNOBS})
 
 
 def registered() -> list[str]:

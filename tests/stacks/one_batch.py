@@ -1,0 +1,37 @@
+"""One batch for every stack, and what each must make of it: the gradient -k_t A_t by log pi(y_t), before any reduction."""
+
+import dataclasses
+
+import torch
+
+LENGTHS = (11, 1, 7, 14, 0, 9)
+WIDTH = 14
+SEED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of whole responses, padded on the right; holes inside the mask are a tool's output. float32."""
+
+    logp: torch.Tensor  # [B, T]
+    rollout_logp: torch.Tensor  # [B, T]
+    advantages: torch.Tensor  # [B]
+    mask: torch.Tensor  # [B, T] bool
+
+    @property
+    def lengths(self):
+        """Return each row's tokens, a tool's among them."""
+        return LENGTHS
+
+
+def make_batch(seed=SEED):
+    """Return a batch in which thresholds and budgets are reached by some tokens and not by others."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(LENGTHS), WIDTH)
+    rollout_logp = -torch.rand(shape, generator=generator) * 2
+    logp = (rollout_logp + 0.3 * torch.randn(shape, generator=generator)).clamp(max=-1e-3)
+    mask = torch.arange(WIDTH) < torch.tensor(LENGTHS)[:, None]
+    mask[0, 3:5] = mask[3, 6] = mask[5, 0] = False
+    # What a stack finds outside the policy's tokens: padding and a tool's output have no log-prob.
+    logp, rollout_logp = (torch.where(mask, values, 0.0) for values in (logp, rollout_logp))
+    return Batch(logp, rollout_logp, torch.randn(len(LENGTHS), generator=generator), mask)
