@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STACKS_VENV := .venv-stacks
 STACKS_BIN := $(STACKS_VENV)/bin
+# Beside the others, not among them: verl's workers do not start where TRL 1 can be imported.
+STACKS_TRL := $(STACKS_VENV)/trl
 STACKS_STAMP := $(STACKS_VENV)/.installed
 
 .PHONY: demo test lint types unit test-verl test-stacks wheel bench clean
@@ -30,7 +32,7 @@ test-verl: $(STACKS_STAMP)
 	OMP_NUM_THREADS=1 PYTHONPATH=src $(STACKS_BIN)/python -m pytest tests/verl
 
 test-stacks: $(STACKS_STAMP)
-	OMP_NUM_THREADS=1 PYTHONPATH=src $(STACKS_BIN)/python -m pytest tests/stacks
+	OMP_NUM_THREADS=1 PYTHONPATH=src:$(STACKS_TRL) $(STACKS_BIN)/python -m pytest tests/stacks
 
 # The wheel, in an environment that has nothing but what it asks for.
 wheel: $(STAMP)
@@ -54,6 +56,7 @@ $(STACKS_STAMP): tests/stacks/requirements.txt
 	$(PYTHON) -m venv $(STACKS_VENV)
 	$(STACKS_BIN)/pip install -q -r tests/stacks/requirements.txt
 	$(STACKS_BIN)/pip install -q --no-deps skyrl==0.3.0
+	$(STACKS_BIN)/pip install -q --no-deps --target $(STACKS_TRL) trl==1.16.0
 	touch $@
 
 clean:

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import cppo
-from cppo.inspect.rollout_log import read_rollouts
+from cppo.rollout_log import read_rollouts
 from cppo.lab.config import RunConfig, load_config
 from cppo.lab.experiment import begin, carry_on, evaluate_model
 from cppo.lab.folder import RunFolder, read_metrics

@@ -175,6 +175,34 @@ def test_losses_that_are_not_ours_take_none_of_our_knobs(name):
         adapter.TrustRegionLoss(loss_mode=name, delta=0.2)
 
 
+def recomputed(tokens, **changes):
+    """Return the arguments of a loss whose anchor is the current policy's log-probs again."""
+    logp = torch.full((2, tokens), -0.7)
+    values = {"log_prob": logp, "old_log_prob": logp.clone(), "advantages": torch.ones(2, tokens)}
+    mask = torch.zeros(2, tokens, dtype=torch.bool)
+    mask[0] = True
+    return values | {"response_mask": mask, "config": config_of("cppo")} | changes
+
+
+def test_an_anchor_that_the_trainer_recomputed_is_refused():
+    loss = core_algos.get_policy_loss_fn("cppo")
+    with pytest.raises(ValueError, match=r"old_log_prob: expected the sampler's .* set algorithm\.rollout_correction"):
+        loss(**recomputed(16))
+    loss(**recomputed(15))  # a few equal ones may be chance
+    loss(**recomputed(16, config=config_of("cppo", same_numerics=True)))
+    certain = recomputed(16)
+    certain["log_prob"] = certain["old_log_prob"] = torch.zeros(2, 16)  # of a certain token any two engines agree
+    loss(**certain)
+    one = recomputed(16)
+    one["old_log_prob"][0, 7] = -0.70001
+    _, metrics = loss(**one)
+    assert "actor/input/recomputed" not in metrics
+    padding = recomputed(16)
+    padding["old_log_prob"][1] = 5.0  # no response token, so no sign of an engine
+    with pytest.raises(ValueError, match="old_log_prob"):
+        loss(**padding)
+
+
 BYPASS = "algorithm.rollout_correction.bypass_mode=True"
 
 
@@ -196,6 +224,8 @@ def test_a_launch_as_the_readme_has_it_passes():
             r"ref.actor: CPPO\(delta=-1\): expected a number",
         ),
         ("+actor_rollout_ref.actor.policy_loss.detla=1", "ref.actor: .*'detla'"),
+        ("+async_training.partial_rollout=True", "verl.experimental: expected verl.trainer.main_ppo"),
+        ("+rollout.nnodes=1", "verl.experimental: expected verl.trainer.main_ppo"),
         ("actor_rollout_ref.actor.ppo_mini_batch_size=1024", "ppo_mini_batch_size=1024: expected less than"),
     ],
 )
@@ -220,13 +250,17 @@ def verl_process(code, path, **environment):
 CODE = "import verl; from verl.trainer.ppo.core_algos import get_policy_loss_fn as get; print(get('cppo').__module__)"
 
 
-@pytest.fixture
-def installed(tmp_path):
-    """What installing the package leaves behind for verl to find."""
-    info = tmp_path / "cppo-0.1.0.dist-info"
+def write_installed(folder):
+    """Write what installing the package leaves behind for verl to find."""
+    info = folder / "cppo-0.1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cppo\nVersion: 0.1.0\n")
     (info / "entry_points.txt").write_text("[verl.plugins]\ncppo = cppo.adapters.verl\n")
+
+
+@pytest.fixture
+def installed(tmp_path):
+    write_installed(tmp_path)
     return tmp_path
 
 

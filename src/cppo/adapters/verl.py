@@ -22,11 +22,13 @@ from typing import Any
 
 from torch import Tensor
 
+from cppo.decision import Decision
 from cppo.methods import METHODS, Method, make_method
 from cppo.metrics import decision_metrics, to_floats
 from cppo.objective import decide, token_losses
 
 from .sampled_tokens import method_for
+from .verl_rollout_log import log_in
 
 try:
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register_policy_loss
@@ -37,6 +39,7 @@ except Exception as error:
     raise
 
 TESTED = "0.9"
+_ENOUGH_TOKENS = 16  # so many equal log-probs are no chance
 # Knobs of any method that verl can run, as fields of one configuration; None: the method's default.
 _KNOBS = sorted(
     {field.name for kind in METHODS.values() if not kind.summary.needs for field in dataclasses.fields(kind)}
@@ -45,16 +48,28 @@ _KNOBS = sorted(
 
 def _check(self: Any) -> None:
     build_method(self)
+    if self.rollout_log:
+        log_in(self.rollout_log)
 
 
 # One class for all methods, so that a launch command names one; a knob that its method does not have is refused.
 TrustRegionLoss: Any = dataclasses.make_dataclass(
     "TrustRegionLoss",
-    [("loss_mode", str, dataclasses.field(default="cppo")), *((name, Any, None) for name in _KNOBS)],
+    [
+        ("loss_mode", str, dataclasses.field(default="cppo")),
+        *((name, Any, None) for name in _KNOBS),
+        ("same_numerics", bool, False),
+        ("rollout_log", str | None, None),
+    ],
     bases=(PolicyLossConfig,),
     namespace={
         "__post_init__": _check,
-        "__doc__": "verl's ``PolicyLossConfig`` with the knobs of this package's methods; ``loss_mode`` names one.",
+        "__doc__": """verl's ``PolicyLossConfig`` with the knobs of this package's methods; ``loss_mode`` names one.
+
+        ``same_numerics``: the sampler computes as the trainer does, bit for bit, so that equal log-probs are no sign of
+        log-probs that the trainer recomputed. ``rollout_log``: a folder for the rollout log (docs/rollout-log.md), one
+        that all workers reach.
+        """,
         "__module__": __name__,
     },
 )
@@ -105,16 +120,36 @@ def _make_loss(name: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
             loss_mat=token_losses(decision, log_prob), loss_mask=response_mask, loss_agg_mode=loss_agg_mode,
             **(getattr(config, "global_batch_info", None) or {}),
         )  # fmt: skip
-        return loss, _metrics(decision)
+        metrics = _metrics(decision)
+        if metrics.pop("actor/input/recomputed") and not getattr(settings, "same_numerics", False):
+            raise ValueError(
+                "old_log_prob: expected the sampler's log-probs, got the trainer's own (all equal log_prob): the trust "
+                "region would never act; set algorithm.rollout_correction.bypass_mode=True, or, if the sampler "
+                "computes as the trainer does, +actor_rollout_ref.actor.policy_loss.same_numerics=True"
+            )
+        folder = getattr(settings, "rollout_log", None)
+        if folder:
+            log_in(folder).add(decision, getattr(getattr(config, "model_config", None), "tokenizer", None))
+        return loss, metrics
 
     policy_loss.__name__ = policy_loss.__qualname__ = f"policy_loss_{name}"
     return policy_loss
 
 
-def _metrics(decision: Any) -> dict[str, float]:
+def _metrics(decision: Decision) -> dict[str, float]:
     found = decision_metrics(decision)
     found.pop("input/first_nonfinite")
+    found["input/recomputed"] = _recomputed(decision)
     return to_floats(found, "actor/")
+
+
+def _recomputed(decision: Decision) -> Tensor:
+    """Return, 0-d, whether the anchor is the current policy's log-probs again: those of enough tokens, all equal."""
+    batch = decision.batch
+    # Where a token is certain, any two computations agree that its log-prob is 0.
+    informative = batch.layout.mask & (batch.rollout_logp < -1e-3)
+    differs = informative & (batch.rollout_logp != batch.logp)
+    return (informative.sum() >= _ENOUGH_TOKENS) & ~differs.any()
 
 
 def check_launch(config: Mapping[str, Any]) -> None:
@@ -141,9 +176,14 @@ def launch_problems(config: Mapping[str, Any]) -> list[str]:
     actor = "actor_rollout_ref.actor"
     settings = {"loss_mode": "vanilla"} | dict(_at(config, f"{actor}.policy_loss", {}))
     try:  # the method, its knobs and their ranges
-        TrustRegionLoss(**{name: value for name, value in settings.items() if name != "_target_"})
+        TrustRegionLoss(**{name: value for name, value in settings.items() if name not in ("_target_", "rollout_log")})
     except (TypeError, ValueError) as error:
         problems.append(f"{actor}: {error}")
+    if any(_at(config, group, None) is not None for group in ("async_training", "rollout")):
+        problems.append(
+            "verl.experimental: expected verl.trainer.main_ppo (trainer.v1.trainer_mode for asynchronous runs); in "
+            "bypass mode the experimental trainers write over loss_mode"
+        )
     mini = _at(config, f"{actor}.ppo_mini_batch_size", 256)
     batch = _at(config, "data.train_batch_size", 1024)
     if batch == mini and _at(config, f"{actor}.ppo_epochs", 1) == 1:

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cppo.inspect.rollout_log import read_rollouts
+from cppo.rollout_log import read_rollouts
 
 _COLOURS = ("#0b7a75", "#d1495b", "#3066be", "#8a5a9e", "#7a7a7a")
 _BINS = 24

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cppo.inspect.rollout_log import write_rollouts
+from cppo.rollout_log import write_rollouts
 
 # Written last into a checkpoint: one without it was cut off while being saved.
 _WHOLE = "whole"

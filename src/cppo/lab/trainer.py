@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cppo.adapters.trl import TrustRegionTrainer
+from cppo.adapters.trl.rollout_log import rollout_rows
 from cppo.decision import Decision
 from cppo.lab.ledger import CpuLedger
 from cppo.lab.problems import Problem, Task
@@ -62,7 +62,6 @@ class LabTrainer(TrustRegionTrainer):
     ) -> None:
         self._reward, self._ledger, self._on_rows = reward, ledger, on_rows
         self._skip_zero_variance = skip_zero_variance
-        self._micro_batch: dict[str, Any] = {}
         super().__init__(*args, reward_funcs=reward, **kwargs)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,46 +82,15 @@ class LabTrainer(TrustRegionTrainer):
                 output["num_items_in_batch"] = kept.sum().clamp(min=1)
             return output
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        self._micro_batch = inputs
-        loss: Tensor = super()._compute_loss(model, inputs)
-        return loss
-
     def on_decision(self, decision: Decision) -> None:
         """Log the micro-batch's responses besides the metrics."""
         with self._ledger.phase("own"):
             super().on_decision(decision)
-            self._on_rows(self._rows(decision))
-
-    def _rows(self, decision: Decision) -> list[dict[str, Any]]:
-        batch = self._micro_batch
-        prompts = self._decode(batch["prompt_ids"], batch["prompt_mask"])
-        responses = self._decode(batch["completion_ids"], batch["completion_mask"])
-        lengths = batch["completion_mask"].sum(1).tolist()
-        columns = {
-            "token_ids": batch["completion_ids"].tolist(),
-            "logp": decision.batch.logp.tolist(),
-            "rollout_logp": decision.batch.rollout_logp.tolist(),
-        }
-        measured = decision.batch.divergence
-        if measured is not None:
-            columns["divergence"] = measured.tolist()
-        rewards, advantages = batch["reward"].tolist(), batch["advantages"].tolist()
-        return [
-            {
-                "step": self.state.global_step + 1,
-                "prompt": prompts[row],
-                "response": responses[row],
-                "reward": rewards[row],
-                "advantage": advantages[row],
-                "response_mask": [True] * length,
-                "divergence": None,
-            }
-            | {name: values[row][:length] for name, values in columns.items()}
-            for row, length in enumerate(lengths)
-        ]
-
-    def _decode(self, ids: Tensor, mask: Tensor) -> list[str]:
-        kept = [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
-        texts: list[str] = self.processing_class.batch_decode(kept, skip_special_tokens=False)  # type: ignore[union-attr]
-        return texts
+            rows = rollout_rows(self._micro_batch, decision, self.processing_class)
+            # A skipped response was written by the policy all the same.
+            self._on_rows(
+                [
+                    row | {"step": self.state.global_step + 1, "response_mask": [True] * len(row["token_ids"])}
+                    for row in rows
+                ]
+            )

@@ -14,6 +14,7 @@ import inspect
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,7 @@ from .configuration import check_config, check_engine, check_own_sampling, check
 from .engine_topk import EngineTopK
 from .head import OutputHead
 from .meter import DivergenceMeter
+from .rollout_log import RolloutLog, rollout_rows
 
 
 class TrustRegionTrainer(GRPOTrainer):
@@ -39,6 +41,7 @@ class TrustRegionTrainer(GRPOTrainer):
         method: the trust region. With ``divergence="topk_tv"`` or ``"topk_kl"`` the divergence is measured from the
             hidden states (see :mod:`cppo.adapters.trl.meter`).
         divergence_top_k: K of that divergence: how many of the rollout policy's likeliest tokens. Paper: 20.
+        rollout_log: a folder for the rollout log (docs/rollout-log.md), a file an update and process; None: none.
         **kwargs: as ``GRPOTrainer``. For a top-K divergence a ``rollout_func`` must return ``topk_ids`` and
             ``topk_logprobs`` besides: a list a completion of a list a token, or ``[T, K]``.
 
@@ -47,7 +50,14 @@ class TrustRegionTrainer(GRPOTrainer):
         ImportError: if the installed TRL's hook differs from the one that this adapter was written for.
     """
 
-    def __init__(self, *args: Any, method: Method, divergence_top_k: int = 20, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        method: Method,
+        divergence_top_k: int = 20,
+        rollout_log: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
         check_surface()
         bound = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
         config = bound.get("args") or GRPOConfig(output_dir="trainer_output")
@@ -61,12 +71,18 @@ class TrustRegionTrainer(GRPOTrainer):
         self.method = method
         self._meter: DivergenceMeter | None = None
         self._tallies: dict[str, Tally] = {}
+        self._micro_batch: dict[str, Any] = {}
+        self._log: RolloutLog | None = None
         super().__init__(*args, **kwargs)
         check_own_sampling(self.model, config)
         check_engine(self)
         self.off_policy_mask_threshold = 0.0  # any number makes TRL ask the hook
         if measured:
             self._meter = self._make_meter(divergence_top_k)
+        if rollout_log is not None:
+            alone = self.accelerator.num_processes == 1
+            self._log = RolloutLog(rollout_log, "" if alone else f"-{self.accelerator.process_index:05d}")
+            self.add_callback(self._log)
 
     def _make_meter(self, k: int) -> DivergenceMeter:
         divergence: str = self.method.divergence  # type: ignore[union-attr]  # a method without one measures nothing
@@ -94,7 +110,17 @@ class TrustRegionTrainer(GRPOTrainer):
         recomputed = output.pop("old_per_token_logps", None)
         if output.get("sampling_per_token_logps") is None and recomputed is not None:
             output["sampling_per_token_logps"] = recomputed
+        if self._log is not None:
+            output["reward"] = self._rewards
         return output
+
+    def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Remember this process's rewards for the rollout log."""
+        rewards: Tensor = super()._calculate_rewards(inputs, *args, **kwargs)  # of all processes, one after the other
+        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        first = self.accelerator.process_index * len(inputs)
+        self._rewards = weighted[first : first + len(inputs)]
+        return rewards
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
@@ -108,6 +134,7 @@ class TrustRegionTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Let the meter listen to the loss's forward pass."""
+        self._micro_batch = inputs
         listening = nullcontext() if self._meter is None else self._meter.micro_batch(inputs)
         with listening:
             loss: Tensor = super()._compute_loss(model, inputs)
@@ -137,6 +164,8 @@ class TrustRegionTrainer(GRPOTrainer):
         """Tally one micro-batch on the device; the host reads the sums when TRL logs."""
         mode, part = self._mode(), tally(decision)
         self._tallies[mode] = self._tallies[mode] + part if mode in self._tallies else part
+        if self._log is not None and mode == "train":
+            self._log.add(rollout_rows(self._micro_batch, decision, self.processing_class))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the trust region's metrics, over all micro-batches and processes since the last log, to TRL's."""

@@ -3,8 +3,8 @@
 | column | type | meaning |
 |---|---|---|
 | step | int64 | optimizer update (1, 2, ...) in which the response was used |
-| prompt, response | string | text |
-| reward, advantage | float64 | of the response |
+| prompt, response | string | text; null where a framework's workers have no tokenizer |
+| reward, advantage | float64 | of the response; the reward may be null |
 | token_ids | list<int32> | the response's tokens, tool output included, padding not |
 | logp | list<float32> | log pi of each token under the policy of that update, before it |
 | rollout_logp | list<float32> | log mu of each token as the sampler computed it |
@@ -47,6 +47,51 @@ def write_rollouts(path: Path, rows: list[dict[str, Any]]) -> None:
     temporary = path.with_suffix(".tmp")
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, compression="zstd")
     os.replace(temporary, path)
+
+
+class RolloutWriter:
+    """Writes a training run's rollout log: rows are kept until an update is done, then written to a file of its own.
+
+    Args:
+        folder: where ``step-NNNNNN.parquet`` are written; made at the first write.
+        argument: what the caller calls the folder, for the error.
+    """
+
+    def __init__(self, folder: Path, argument: str) -> None:
+        self._folder, self._argument = Path(folder), argument
+        self._found = sorted(self._folder.glob("step-*.parquet"))  # an earlier run's, or this one's before it resumed
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Keep rows; their ``step`` is set when they are written."""
+        self._rows += rows
+
+    def write(self, step: int, part: str = "") -> None:
+        """Write the rows kept since the last call as that update's; nothing if there are none.
+
+        Args:
+            step: the update, 1, 2, ...
+            part: where several processes write one update: what tells their files apart.
+
+        Raises:
+            ValueError: before the first write, if the folder has that update, or a later one, of another run.
+        """
+        if not self._rows:
+            return
+        name = f"step-{step:06d}"
+        if self._found and self._found[-1].name >= name:
+            raise ValueError(
+                f"{self._argument}={str(self._folder)!r}: expected a folder without update {step}, found "
+                f"{self._found[-1].name}; name another one"
+            )
+        self._found = []
+        rows, self._rows = self._rows, []
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_rollouts(self._folder / f"{name}{part}.parquet", [row | {"step": step} for row in rows])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows that are kept."""
+        return self._rows
 
 
 def read_rollouts(folder: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:

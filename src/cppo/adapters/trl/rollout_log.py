@@ -1,0 +1,65 @@
+"""The rollout log of a TRL run: a row a response an update, from the micro-batches that the loss sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+from cppo.decision import Decision
+from cppo.rollout_log import RolloutWriter
+
+
+def rollout_rows(batch: dict[str, Any], decision: Decision, tokenizer: Any) -> list[dict[str, Any]]:
+    """Return the rows of one micro-batch, without the number of the update.
+
+    Args:
+        batch: what TRL's ``_compute_loss`` is given; ``reward`` [B] is read where it is there.
+        decision: the method's, on that micro-batch.
+        tokenizer: TRL's processing class.
+    """
+    prompts = _decode(tokenizer, batch["prompt_ids"], batch["prompt_mask"])
+    responses = _decode(tokenizer, batch["completion_ids"], batch["completion_mask"])
+    columns = {
+        "token_ids": batch["completion_ids"],
+        "logp": decision.batch.logp,
+        "rollout_logp": decision.batch.rollout_logp,
+        "response_mask": decision.batch.layout.mask,
+    }
+    if decision.batch.divergence is not None:
+        columns["divergence"] = decision.batch.divergence
+    lists = {name: values.tolist() for name, values in columns.items()}
+    rewards, advantages = batch["reward"].tolist(), batch["advantages"].tolist()
+    return [
+        {"prompt": prompts[row], "response": responses[row], "reward": rewards[row], "advantage": advantages[row]}
+        | {name: values[row][:length] for name, values in lists.items()}
+        for row, length in enumerate(batch["completion_mask"].sum(1).tolist())
+    ]
+
+
+def _decode(tokenizer: Any, ids: Tensor, mask: Tensor) -> list[str]:
+    kept = [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
+    texts: list[str] = tokenizer.batch_decode(kept, skip_special_tokens=False)
+    return texts
+
+
+class RolloutLog(TrainerCallback):
+    """Keeps the rows of an update and writes them when the optimizer has stepped.
+
+    Args:
+        folder: where the files are written.
+        part: what tells this process's files from the others'; empty if it is alone.
+    """
+
+    def __init__(self, folder: str | Path, part: str) -> None:
+        self._writer, self._part = RolloutWriter(Path(folder), "rollout_log"), part
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Keep the rows of a micro-batch."""
+        self._writer.add(rows)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write what was kept as the update that has just been made."""
+        self._writer.write(state.global_step, self._part)
