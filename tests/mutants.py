@@ -3,7 +3,7 @@
     python tests/mutants.py                     every mutant, with the test that kills it
     python tests/mutants.py threshold account   those whose name contains a word
 
-The run collects the tests once and forks once a mutant. The fork grafts the mutated functions into the loaded package
+The run collects the tests once and forks once a mutant, tests that killed others of its file first. The fork grafts the mutated functions into the loaded package
 (their code objects are exchanged, so that every reference sees the mutant) and runs tests until one fails.
 """
 
@@ -126,10 +126,16 @@ class MutantRun:
         items = [item for item in session.items if not item.get_closest_marker("xfail")]
         with tempfile.TemporaryDirectory(prefix="cppo-mutants-") as scratch:
             answer = pathlib.Path(scratch) / "answer.json"
+            killers: dict[str, dict[str, int]] = {}  # of each file's mutants, which tests killed how many
             for mutant in [None, *self.mutants]:
-                result = self._run_in_fork(mutant, items, answer)
+                kills = {} if mutant is None else killers.setdefault(mutant.file, {})
+                # The sort keeps the order of those that killed equally many.
+                ordered = sorted(items, key=lambda item: -kills.get(item.nodeid, 0))
+                result = self._run_in_fork(mutant, ordered, answer)
                 if mutant is None:
                     items = _cheapest_of_each_first(items, result.pop("durations", {}))
+                elif result["status"] == FAILED:
+                    kills[result["test"]] = kills.get(result["test"], 0) + 1
                 self.report(mutant, result)
         return True
 

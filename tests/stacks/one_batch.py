@@ -1,4 +1,4 @@
-"""One batch for every stack, and what each must make of it: the gradient -k_t A_t by log pi(y_t), before any reduction."""
+"""One batch for every stack; each must make of it the gradient -k_t A_t by log pi(y_t), before any reduction."""
 
 import dataclasses
 
