@@ -483,3 +483,15 @@ def test_mixed_dtypes_are_judged_in_the_widest():
     assert cppo.decide(cppo.CPPO(), logp, rollout.half(), torch.ones(1)).gate.dtype == torch.float32
     three = {"proximal_logp": rollout, "correction": cppo.TIS()}
     assert cppo.decide(cppo.CPPO(), logp, rollout.half(), torch.ones(1), **three).gate.dtype == torch.float64
+
+
+def test_packed_advantages_of_one_a_token_need_not_be_guessed():
+    """With as many responses as tokens, [N] is one a response; [N, 1] is one a token whatever N is."""
+    logp, lengths = torch.full((3,), -1.0), [2, 0, 1]
+    values = torch.tensor([1.0, 2.0, 3.0])
+    each = cppo.decide(cppo.PolicyGradient(), logp, logp, values[:, None], lengths=lengths).batch.advantages
+    assert each.tolist() == [1.0, 2.0, 3.0]
+    response = cppo.decide(cppo.PolicyGradient(), logp, logp, values, lengths=lengths).batch.advantages
+    assert response.tolist() == [1.0, 1.0, 3.0]
+    wider = cppo.decide(cppo.PolicyGradient(), logp, logp, values[:, None], lengths=[3]).batch.advantages
+    assert wider.tolist() == [1.0, 2.0, 3.0]

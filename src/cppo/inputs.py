@@ -172,12 +172,13 @@ def _build_local_layout(
 
 def _broadcast_advantages(advantages: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     responses = layout.lengths.shape[0]
-    # [B] is one number a response, also where B happens to equal N: a packed token tensor of B one-token responses
-    # means the same.
+    # [B] is one number a response, also where B happens to equal N.
     if advantages.shape == (responses,):
         return layout.spread(advantages.to(dtype))
     if advantages.shape == layout.shape or (len(layout.shape) == 2 and advantages.shape == (responses, 1)):
         return advantages.to(dtype)
+    if len(layout.shape) == 1 and advantages.shape == (*layout.shape, 1):
+        return advantages[:, 0].to(dtype)
     raise ValueError(
         f"advantages: expected [B] = [{responses}] or token-shaped {list(layout.shape)}, got {list(advantages.shape)}"
     )

@@ -58,7 +58,8 @@ def decide(
         method: a method from :data:`cppo.METHODS`.
         logp: log pi(y_t) under the current policy, floating, at the sampling temperature. Detached here.
         rollout_logp: log mu(y_t) as the sampler computed it, same shape.
-        advantages: ``[B]``, one a row or packed segment, or token-shaped.
+        advantages: ``[B]``, one a row or packed segment, or token-shaped. Packed, ``[N, 1]`` is one a token whatever N
+            is; ``[N]`` is too, unless N = B.
         response_mask: token-shaped; bool, or numbers of which all but 0 count as True; None: every token.
         lengths: packed layout only: ``[B]`` integers that sum to N. Checked on the host for a list or a CPU tensor;
             on an accelerator a wrong sum is not seen (looking would stall it).
