@@ -3,8 +3,9 @@
     python tests/mutants.py                     every mutant, with the test that kills it
     python tests/mutants.py threshold account   those whose name contains a word
 
-The run collects the tests once and forks once a mutant, tests that killed others of its file first. The fork grafts the mutated functions into the loaded package
-(their code objects are exchanged, so that every reference sees the mutant) and runs tests until one fails.
+The run collects the tests once and forks once a mutant. The fork grafts the mutated functions into the loaded package
+(their code objects are exchanged, so that every reference sees the mutant) and runs tests until one fails, those first
+that killed others of its file.
 """
 
 from __future__ import annotations
@@ -127,13 +128,19 @@ class MutantRun:
         with tempfile.TemporaryDirectory(prefix="cppo-mutants-") as scratch:
             answer = pathlib.Path(scratch) / "answer.json"
             killers: dict[str, dict[str, int]] = {}  # of each file's mutants, which tests killed how many
+            durations: dict[str, float] = {}
+
+            def cost(item) -> float:
+                return 0.01 + durations.get(item.nodeid, 0.0)
+
             for mutant in [None, *self.mutants]:
                 kills = {} if mutant is None else killers.setdefault(mutant.file, {})
-                # The sort keeps the order of those that killed equally many.
-                ordered = sorted(items, key=lambda item: -kills.get(item.nodeid, 0))
-                result = self._run_in_fork(mutant, ordered, answer)
+                promising = {item: kills.get(item.nodeid, 0) / cost(item) for item in items}
+                # The sort keeps the order of those that killed none.
+                result = self._run_in_fork(mutant, sorted(items, key=lambda item: -promising[item]), answer)
                 if mutant is None:
-                    items = _cheapest_of_each_first(items, result.pop("durations", {}))
+                    durations |= result.pop("durations", {})
+                    items = _cheapest_of_each_first(items, durations)
                 elif result["status"] == FAILED:
                     kills[result["test"]] = kills.get(result["test"], 0) + 1
                 self.report(mutant, result)

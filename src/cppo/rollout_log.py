@@ -11,7 +11,8 @@
 | response_mask | list<bool> | True = the policy wrote the token |
 | divergence | list<float32>, may be null | D of each token where it was measured (top-K, exact) |
 
-The lists of a row have one length. The schema's version stands in the file's metadata under ``cppo.rollout_log``.
+The lists of a row have one length. The schema's version stands in the file's metadata under ``cppo.rollout_log``, and
+the method that judged the rows, where the writer knew it, as ``name?knob=value`` under ``cppo.method``.
 """
 
 from __future__ import annotations
@@ -42,10 +43,17 @@ SCHEMA = pa.schema(
 )
 
 
-def write_rollouts(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows to one parquet file, whole or not at all (a temporary file beside it, then a rename)."""
+def write_rollouts(path: Path, rows: list[dict[str, Any]], *, method: str | None = None) -> None:
+    """Write rows to one parquet file, whole or not at all (a temporary file beside it, then a rename).
+
+    Args:
+        path: the file.
+        rows: a dict a response.
+        method: the method that judged them, as ``name?knob=value``; kept in the file's metadata.
+    """
     temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, compression="zstd")
+    schema = SCHEMA.with_metadata(SCHEMA.metadata | ({} if method is None else {b"cppo.method": method.encode()}))
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary, compression="zstd")
     os.replace(temporary, path)
 
 
@@ -59,6 +67,7 @@ class RolloutWriter:
 
     def __init__(self, folder: Path, argument: str) -> None:
         self._folder, self._argument = Path(folder), argument
+        self.method: str | None = None  # what judged the rows, where that is known
         self._found = sorted(self._folder.glob("step-*.parquet"))  # an earlier run's, or this one's before it resumed
         self._rows: list[dict[str, Any]] = []
 
@@ -87,7 +96,9 @@ class RolloutWriter:
         self._found = []
         rows, self._rows = self._rows, []
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_rollouts(self._folder / f"{name}{part}.parquet", [row | {"step": step} for row in rows])
+        write_rollouts(
+            self._folder / f"{name}{part}.parquet", [row | {"step": step} for row in rows], method=self.method
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows that are kept."""

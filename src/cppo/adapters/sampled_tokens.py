@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cppo.methods import METHODS, Method, make_method, needed_inputs, parse_method
+from cppo.methods import METHODS, Method, make_method, needed_inputs, never_rejects, parse_method
 
 
 def method_for(stack: str, method: Method | str, **knobs: Any) -> Method:
@@ -16,8 +16,8 @@ def method_for(stack: str, method: Method | str, **knobs: Any) -> Method:
         **knobs: the method's knobs, where ``method`` is a bare name; None: the method's default.
 
     Raises:
-        TypeError, ValueError: for an unknown method or knob, a knob out of range, or a method that needs what the stack
-            does not hand over.
+        TypeError, ValueError: for an unknown method or knob, a knob out of range, a method that needs what the stack
+            does not hand over, or thresholds that no token can reach.
     """
     given = {name: value for name, value in knobs.items() if value is not None}
     if isinstance(method, str):
@@ -35,4 +35,7 @@ def method_for(stack: str, method: Method | str, **knobs: Any) -> Method:
             f"method: expected one that needs no {' and no '.join(needed)}, got {method!r}; {stack} keeps the sampled "
             "token's log-prob alone (divergence=binary_tv and binary_kl need no more)"
         )
+    silent = never_rejects(method)
+    if silent:
+        raise ValueError(silent)
     return method

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cppo.decision import Decision
+from cppo.methods import method_spec
 from cppo.rollout_log import RolloutWriter
 
 
@@ -59,6 +60,7 @@ class RolloutLog:
         columns = (batch.logp, batch.rollout_logp, batch.layout.mask, batch.advantages.expand(batch.layout.shape))
         logp, rollout_logp, mask, advantages = (column.cpu() for column in columns)
         prompts, responses = ([ids.tolist() for ids in _rows(data[name])] for name in ("prompts", "responses"))
+        self._writer.method = method_spec(decision.method)
         rewards = [row.sum().item() for row in _rows(data["rm_scores"])] if "rm_scores" in data else [None] * len(logp)
         self._writer.add(
             [

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from cppo.specs import parse_spec
 
 from .checks import DIVERGENCES, ESTIMATORS, SAMPLED_DIVERGENCES, TOPK_DIVERGENCES, Divergence, Summary
 from .corrections import CORRECTIONS, MIS, TIS, Correction, GeometricMask, IcePop
 from .divergence_regions import CPPO, DPPO, DRPO, ESTR, IPO, TRM, TRMAvg, TRMMax
+from .limits import never_rejects
 from .ratio_regions import CISPO, CTPO, GMPO, GRPO, GSPO, PNPO, SAPO, MinPRO, PolicyGradient
 from .settings import SETTINGS, Setting
 
@@ -88,6 +90,24 @@ def needed_inputs(method: Method, *, topk: bool = False) -> tuple[str, ...]:
     return (*(("divergence",) if missing else ()), *method.summary.needs)
 
 
+def method_spec(method: Method) -> str | None:
+    """Return the method as ``name?knob=value&knob=value`` (knobs at their defaults left out), which parses back to it.
+
+    None for a method with a knob that text cannot hold, such as a gate of one's own.
+    """
+    knobs = {
+        field.name: value
+        for field in dataclasses.fields(method)
+        if (value := getattr(method, field.name)) != field.default
+    }
+    options = "&".join(f"{name}={quote(str(value))}" for name, value in knobs.items())
+    spec = f"{method_name(method)}?{options}" if options else method_name(method)
+    try:
+        return spec if parse_method(spec) == method else None
+    except (TypeError, ValueError):
+        return None
+
+
 def method_name(method: Method) -> str:
     """Return the name under which the method's class stands in :data:`METHODS`."""
     return next(name for name, kind in METHODS.items() if kind is type(method))
@@ -129,7 +149,9 @@ __all__ = [
     "TRMMax",
     "make_method",
     "method_name",
+    "method_spec",
     "needed_inputs",
+    "never_rejects",
     "parse_correction",
     "parse_method",
     "takes_topk",

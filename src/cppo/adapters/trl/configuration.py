@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from cppo.methods import Method, needed_inputs
+from cppo.methods import Method, needed_inputs, never_rejects
 
 # "cispo" is not among them: it caps TRL's ratio, which is 1 here, at epsilon_high (0.2 by default) and would scale the
 # gradient; its normaliser is "dapo"'s.
@@ -128,6 +128,9 @@ def check_config(config: GRPOConfig, method: Method, *, engine_log_probs: bool) 
             f"method={method!r}: expected one that needs no {' and no '.join(needed)}; TRL gives what binary_tv, "
             "binary_kl, topk_tv and topk_kl take, no more of the two policies"
         )
+    silent = never_rejects(method)
+    if silent:
+        raise ValueError(silent)
     micro_batches = (config.steps_per_generation or 1) * config.num_iterations
     if not engine_log_probs and config.gradient_accumulation_steps % micro_batches == 0:
         raise ValueError(

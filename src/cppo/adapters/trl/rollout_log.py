@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from cppo.decision import Decision
+from cppo.methods import Method, method_spec
 from cppo.rollout_log import RolloutWriter
 
 
@@ -51,10 +52,12 @@ class RolloutLog(TrainerCallback):
     Args:
         folder: where the files are written.
         part: what tells this process's files from the others'; empty if it is alone.
+        method: the trust region.
     """
 
-    def __init__(self, folder: str | Path, part: str) -> None:
+    def __init__(self, folder: str | Path, part: str, method: Method) -> None:
         self._writer, self._part = RolloutWriter(Path(folder), "rollout_log"), part
+        self._writer.method = method_spec(method)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Keep the rows of a micro-batch."""

@@ -81,7 +81,7 @@ class TrustRegionTrainer(GRPOTrainer):
             self._meter = self._make_meter(divergence_top_k)
         if rollout_log is not None:
             alone = self.accelerator.num_processes == 1
-            self._log = RolloutLog(rollout_log, "" if alone else f"-{self.accelerator.process_index:05d}")
+            self._log = RolloutLog(rollout_log, "" if alone else f"-{self.accelerator.process_index:05d}", method)
             self.add_callback(self._log)
 
     def _make_meter(self, k: int) -> DivergenceMeter:
