@@ -24,8 +24,10 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# The mutants run in two processes of their own.
 unit: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/test_mutants.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_mutants.py
 
 # verl needs an older transformers than TRL. A missing verl is a failure, not a skip.
 test-verl: $(STACKS_STAMP)
@@ -47,6 +49,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/mask.py
 	$(BIN)/python benchmarks/token_statistics.py
 	$(BIN)/python benchmarks/trl_step.py
+	$(BIN)/python benchmarks/inspect_log.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

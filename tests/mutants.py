@@ -11,6 +11,7 @@ that killed others of its file.
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import importlib
 import inspect
@@ -49,7 +50,7 @@ KILLERS = (
     "test_token_statistics_input.py",
     "test_vocab_parallel.py",
 )
-SECONDS_A_MUTANT = 120
+SECONDS_A_MUTANT = 300
 PASSED, FAILED, DOES_NOT_RUN = "passed", "failed", "does not run"
 
 
@@ -127,7 +128,8 @@ class MutantRun:
         items = [item for item in session.items if not item.get_closest_marker("xfail")]
         with tempfile.TemporaryDirectory(prefix="cppo-mutants-") as scratch:
             answer = pathlib.Path(scratch) / "answer.json"
-            killers: dict[str, dict[str, int]] = {}  # of each file's mutants, which tests killed how many
+            killers: dict[str, dict[str, int]] = {}  # of each file's mutants, which tests and cases killed how many
+            cases = collections.Counter(map(_test_of, items))
             durations: dict[str, float] = {}
 
             def cost(item) -> float:
@@ -135,14 +137,19 @@ class MutantRun:
 
             for mutant in [None, *self.mutants]:
                 kills = {} if mutant is None else killers.setdefault(mutant.file, {})
-                promising = {item: kills.get(item.nodeid, 0) / cost(item) for item in items}
+                promising = {
+                    item: (kills.get(item.nodeid, 0) + kills.get(_test_of(item), 0) / cases[_test_of(item)])
+                    / cost(item)
+                    for item in items
+                }
                 # The sort keeps the order of those that killed none.
                 result = self._run_in_fork(mutant, sorted(items, key=lambda item: -promising[item]), answer)
                 if mutant is None:
                     durations |= result.pop("durations", {})
                     items = _cheapest_of_each_first(items, durations)
                 elif result["status"] == FAILED:
-                    kills[result["test"]] = kills.get(result["test"], 0) + 1
+                    for killer in (result["test"], result["test"].partition("[")[0]):
+                        kills[killer] = kills.get(killer, 0) + 1
                 self.report(mutant, result)
         return True
 
@@ -180,12 +187,17 @@ class MutantRun:
             leave({"status": DOES_NOT_RUN, "test": repr(error)})
 
 
+def _test_of(item) -> str:
+    """Return a test's name without its case."""
+    return item.nodeid.partition("[")[0]
+
+
 def _cheapest_of_each_first(items: list, durations: dict[str, float]) -> list:
     """Return the items so that one case of every test comes before the second of any, quick tests first."""
     seen: dict[str, int] = {}
     key = {}
     for item in items:
-        name = item.nodeid.partition("[")[0]
+        name = _test_of(item)
         seen[name] = seen.get(name, -1) + 1
         key[item] = (seen[name], durations.get(item.nodeid, 0.0))
     return sorted(items, key=key.__getitem__)

@@ -18,6 +18,7 @@ HEAVY = (
     "ray",
     "triton",
     "matplotlib",
+    "plotly",
     "accelerate",
     "datasets",
     "peft",
@@ -131,7 +132,12 @@ def test_imports_inside_ops_run_in_no_circle():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "adapters").rglob("*.py")), ids=ids)
 def test_adapters_know_the_core_and_no_laboratory(file):
-    assert not {room(m) for m in imports(file) if m.startswith("cppo")} & {"lab", "inspect", "cli", "doctor"}
+    assert not {room(m) for m in imports(file) if m.startswith("cppo")} & {"lab", "cli", "doctor"}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "inspect").rglob("*.py")), ids=ids)
+def test_inspect_reads_logs_and_knows_nobody_who_writes_them(file):
+    assert not {room(m) for m in imports(file) if m.startswith("cppo")} & {"adapters", "lab", "cli", "doctor"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=ids)

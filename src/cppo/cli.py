@@ -1,4 +1,4 @@
-"""The command line: ``cppo train``, ``cppo eval``, ``cppo methods``, ``cppo doctor``."""
+"""The command line: ``cppo train``, ``cppo eval``, ``cppo inspect``, ``cppo methods``, ``cppo doctor``."""
 
 from __future__ import annotations
 
@@ -161,6 +161,65 @@ def evaluate_command(
         )
 
 
+@app.command(
+    epilog="Examples:  cppo inspect runs/first  |  cppo inspect runs/first runs/second --html both.html  |  "
+    "cppo inspect rollouts/ --method 'dppo?delta=0.2' --json"
+)
+def inspect(
+    logs: Annotated[list[Path], typer.Argument(help="Runs' folders, folders of parquet files, or parquet files.")],
+    method: Annotated[
+        str | None, typer.Option(help="The method that the runs used, NAME?knob=value; what a run's folder says.")
+    ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="Judge the same tokens by this method too; repeat for more. All at defaults."),
+    ] = None,
+    masked: Annotated[
+        float, typer.Option(help="Suggest thresholds that mask this share of the tokens.", min=1e-4, max=0.9)
+    ] = 0.02,
+    responses: Annotated[int, typer.Option(help="How many responses are shown whole.", min=1, max=1000)] = 40,
+    html: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over an existing page.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """See what a trust region did to a run, what others would have done, and which thresholds fit."""
+    import torch
+    from rich.progress import Progress
+
+    from cppo.inspect.page import write_page
+    from cppo.inspect.reading import Log
+    from cppo.inspect.runs import inspect_runs, training_curve
+    from cppo.inspect.summary import BESIDE
+    from cppo.inspect.terminal import print_document
+    from cppo.lab.folder import read_metrics
+
+    if html is not None and html.exists() and not force:
+        raise ValueError(f"--html {html}: exists; expected a new file, or --force")
+    if html is not None and not html.absolute().parent.is_dir():
+        raise ValueError(f"--html {html}: expected a file in an existing folder")
+    for spec in [*([] if method is None else [method]), *(beside or [])]:
+        parse_method(spec)
+    torch.set_num_threads(1)  # many small calls: threads would wait for each other
+    with Progress(console=_console(stderr=True), transient=True, disable=as_json) as progress:
+        bar = progress.add_task("reading", total=2 * sum(Log.open(path).responses for path in logs))
+        document = inspect_runs(
+            logs, own=method, beside=tuple(beside or BESIDE), wanted=masked, responses=responses,
+            progress=lambda read: progress.advance(bar, read),
+        )  # fmt: skip
+    if html is not None:
+        curves = [
+            training_curve(run["name"], read_metrics(path / "metrics.jsonl"))
+            for run, path in zip(document["runs"], logs, strict=True)
+        ]
+        write_page(html, document, [curve for curve in curves if curve is not None])
+    if as_json:
+        print(json.dumps(document, ensure_ascii=True, allow_nan=False))
+    else:
+        print_document(document, _console(stderr=False))
+        if html is not None:
+            print(f"{html}: the page")
+
+
 @app.command(epilog="Examples:  cppo methods  |  cppo methods trm_max  |  cppo methods --json")
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method or correction, in full.")] = None,
@@ -190,12 +249,13 @@ def methods(
 
 
 @app.command(
-    epilog="Examples:  cppo doctor  |  cppo doctor --config my_verl.yaml  |  cppo doctor --config launch.sh --json"
+    epilog="Examples:  cppo doctor  |  cppo doctor --config my_verl.yaml  |  cppo doctor --config rl.toml  |  "
+    "cppo doctor --config launch.sh --json"
 )
 def doctor(
     config: Annotated[
         Path | None,
-        typer.Option(help="A verl configuration or GRPOConfig fields (.yaml), or a file with a verl launch command."),
+        typer.Option(help="A launch: a stack's .yaml or .toml, GRPOConfig fields (.yaml), or a file with a command."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -207,7 +267,7 @@ def doctor(
     for finding in examine(config):
         findings.append(finding)
         if not as_json:
-            print(f"{finding.status:8}{finding.subject:28}{finding.message}", flush=True)
+            print(f"{finding.status:8}{finding.subject:32}{finding.message}", flush=True)
     if as_json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     if any(finding.status == "failed" for finding in findings):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,11 +14,11 @@ import torch
 import yaml
 
 import cppo
-from cppo.rollout_log import read_rollouts
 from cppo.lab.config import RunConfig, load_config
 from cppo.lab.experiment import begin, carry_on, evaluate_model
 from cppo.lab.folder import RunFolder, read_metrics
 from cppo.lab.run import Run, start_run
+from cppo.rollout_log import read_rollouts
 
 pytestmark = pytest.mark.train
 
@@ -214,6 +215,11 @@ def test_responses_of_equal_groups_are_left_out_of_the_loss(tmp_path):
     assert all((before[name] == after[name]).all() for name in before)
 
 
+def page_data(path):
+    """Return the document that a report page holds."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())[1])
+
+
 def test_beside_runs_from_the_same_start_and_stands_in_the_report(tmp_path):
     from rich.console import Console
 
@@ -223,9 +229,14 @@ def test_beside_runs_from_the_same_start_and_stands_in_the_report(tmp_path):
     assert [summary["method"] for summary in summaries] == [config.method, "policy_gradient"]
     assert summaries[0]["result"]["start_accuracy"] == summaries[1]["result"]["start_accuracy"]
     assert report == tmp_path / "cppo-1" / "report.html"
-    page = report.read_text()
-    assert "policy_gradient" in page
-    assert "<script" not in page
+    document = page_data(report)
+    assert [run["method"] for run in document["runs"]] == [config.method, "policy_gradient"]
+    assert [curve["label"] for curve in document["training"]] == ["cppo-1", "cppo-1.1-policy_gradient"]
+    starts = [curve["accuracy"][0] for curve in document["training"]]
+    assert starts == [summary["result"]["start_accuracy"] for summary in summaries]
+    beside = page_data(tmp_path / "cppo-1.1-policy_gradient" / "report.html")
+    assert beside["runs"] == document["runs"][1:]
+    assert beside["training"] == document["training"][1:]
     again, _ = carry_on(tmp_path / "cppo-1", console)  # a finished run is read, not run again
     assert again == summaries
 

@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from cppo.inspect.plots import load_run
-from cppo.inspect.report import write_report
+from cppo.inspect.page import write_page
+from cppo.inspect.reading import Log
+from cppo.inspect.runs import inspect_runs, training_curve
 from cppo.lab.config import RunConfig, load_config
 from cppo.lab.display import LiveDisplay
 from cppo.lab.evaluation import Evaluation, evaluate
@@ -57,15 +58,24 @@ def _finish(folder: RunFolder, config: RunConfig, console: Console, *, quiet: bo
             continue
         with LiveDisplay(f"{settings.method}  ({part.path})", console, quiet=quiet) as display:
             summaries.append(Run(settings, part, display, start).train())
-    labels = _labels([settings.method for _, settings in runs])
-    data = [
-        load_run(label, read_metrics(part.metrics), part.rollouts)
-        for label, (part, _) in zip(labels, runs, strict=True)
-    ]
-    write_report(folder.report, data, summaries)
-    for (part, _), run, summary in list(zip(runs, data, summaries, strict=True))[1:]:
-        write_report(part.report, [run], [summary])
+    _report([part for part, _ in runs], console, quiet=quiet)
     return summaries, folder.report
+
+
+def _report(runs: list[RunFolder], console: Console, *, quiet: bool) -> None:
+    """Write each run's page; the first one's shows all of them."""
+    paths = [run.path for run in runs]
+    with Progress(console=console, transient=True, disable=quiet) as progress:
+        # Each response is read twice.
+        bar = progress.add_task("report", total=sum(2 * Log.open(path).responses for path in paths))
+        document = inspect_runs(paths, progress=lambda read: progress.advance(bar, read))
+    curves = [
+        training_curve(entry["name"], read_metrics(run.metrics))
+        for entry, run in zip(document["runs"], runs, strict=True)
+    ]
+    write_page(runs[0].report, document, [curve for curve in curves if curve])
+    for entry, curve, run in list(zip(document["runs"], curves, runs, strict=True))[1:]:
+        write_page(run.report, document | {"runs": [entry]}, [curve] if curve else [])
 
 
 def _beside(path: Path, config: RunConfig) -> list[tuple[Path, RunConfig]]:
@@ -74,12 +84,6 @@ def _beside(path: Path, config: RunConfig) -> list[tuple[Path, RunConfig]]:
         (path.with_name(f"{path.name}.{number}-{method.partition('?')[0]}"), beside_config(config, method))
         for number, method in enumerate(config.beside, start=1)
     ]
-
-
-def _labels(methods: list[str]) -> list[str]:
-    """Return the methods' names, with their knobs only where names alone would not tell them apart."""
-    names = [method.partition("?")[0] for method in methods]
-    return names if len(set(names)) == len(names) else methods
 
 
 def evaluate_model(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +55,12 @@ class RolloutLog(TrainerCallback):
         folder: where the files are written.
         part: what tells this process's files from the others'; empty if it is alone.
         method: the trust region.
+        wait_for_all: returns when every process has come to it.
     """
 
-    def __init__(self, folder: str | Path, part: str, method: Method) -> None:
-        self._writer, self._part = RolloutWriter(Path(folder), "rollout_log"), part
+    def __init__(self, folder: str | Path, part: str, method: Method, wait_for_all: Callable[[], None]) -> None:
+        self._folder, self._part, self._wait_for_all = Path(folder), part, wait_for_all
+        self._writer = RolloutWriter(self._folder, "rollout_log")
         self._writer.method = method_spec(method)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
@@ -66,3 +70,16 @@ class RolloutLog(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write what was kept as the update that has just been made."""
         self._writer.write(state.global_step, self._part)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the page of the run beside its log."""
+        self._wait_for_all()
+        if not state.is_world_process_zero or not any(self._folder.glob("*.parquet")):
+            return
+        from cppo.inspect.page import write_page
+        from cppo.inspect.runs import inspect_runs
+
+        try:
+            write_page(self._folder / "report.html", inspect_runs([self._folder], own=self._writer.method))
+        except (OSError, ValueError) as error:  # a page that cannot be written costs no trained model
+            warnings.warn(f"no report of {self._folder}: {error}", stacklevel=2)

@@ -41,7 +41,8 @@ class TrustRegionTrainer(GRPOTrainer):
         method: the trust region. With ``divergence="topk_tv"`` or ``"topk_kl"`` the divergence is measured from the
             hidden states (see :mod:`cppo.adapters.trl.meter`).
         divergence_top_k: K of that divergence: how many of the rollout policy's likeliest tokens. Paper: 20.
-        rollout_log: a folder for the rollout log (docs/rollout-log.md), a file an update and process; None: none.
+        rollout_log: a folder for the rollout log (docs/rollout-log.md), a file an update and process, and at the end
+            of training ``report.html`` (docs/inspect.md); None: none.
         **kwargs: as ``GRPOTrainer``. For a top-K divergence a ``rollout_func`` must return ``topk_ids`` and
             ``topk_logprobs`` besides: a list a completion of a list a token, or ``[T, K]``.
 
@@ -81,7 +82,8 @@ class TrustRegionTrainer(GRPOTrainer):
             self._meter = self._make_meter(divergence_top_k)
         if rollout_log is not None:
             alone = self.accelerator.num_processes == 1
-            self._log = RolloutLog(rollout_log, "" if alone else f"-{self.accelerator.process_index:05d}", method)
+            part = "" if alone else f"-{self.accelerator.process_index:05d}"
+            self._log = RolloutLog(rollout_log, part, method, self.accelerator.wait_for_everyone)
             self.add_callback(self._log)
 
     def _make_meter(self, k: int) -> DivergenceMeter:

@@ -1,0 +1,162 @@
+"""What-if: the tokens of a rollout log judged by any number of methods, in one pass over the log."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cppo.decision import Decision
+from cppo.inspect.reading import Chunk, Log
+from cppo.methods import Method, needed_inputs, parse_method
+from cppo.objective import decide
+from cppo.rules import PREFIX_BUDGET, TOKEN_THRESHOLD
+
+BINS = 24  # of relative position in the response
+_CAUSES = (TOKEN_THRESHOLD, PREFIX_BUDGET)
+
+
+def decide_chunk(method: Method, chunk: Chunk) -> Decision:
+    """Return a method's decision on a chunk, as a run with these log-probs made it."""
+    return decide(
+        method,
+        torch.from_numpy(chunk.logp),
+        torch.from_numpy(chunk.rollout_logp),
+        torch.from_numpy(chunk.advantage),
+        torch.from_numpy(chunk.response_mask),
+        lengths=torch.from_numpy(chunk.lengths),
+        divergence=torch.from_numpy(chunk.divergence) if "divergence" in needed_inputs(method) else None,
+    )
+
+
+def replayable(method: Method, log_has_divergence: bool) -> str | None:
+    """Return why a method cannot judge a log, or None if it can."""
+    needed = set(needed_inputs(method))
+    if "rollout_entropy" in needed:
+        return "needs the rollout policy's entropy, which a rollout log has not"
+    if "divergence" in needed and not log_has_divergence:
+        return "needs a measured divergence, and this log has none"
+    return None
+
+
+def token_bins(chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return, of each response token, its response and its bin of relative position; -1 outside the response."""
+    response = np.repeat(np.arange(len(chunk.lengths)), chunk.lengths)
+    counted = np.cumsum(chunk.response_mask)
+    starts = np.concatenate([[0], counted])[chunk.offsets]
+    written = np.diff(starts)  # T of each response
+    position = counted - 1 - starts[:-1][response]
+    bins = np.where(chunk.response_mask, position * BINS // np.maximum(written, 1)[response], -1)
+    return response, bins
+
+
+@dataclasses.dataclass
+class Judged:
+    """What one method did, or would have done, to a log. Counts are of response tokens."""
+
+    spec: str
+    method: Method
+    # Axis 0: step (in the log's order); axis 1: bin; axis 2: kept, token threshold, prefix budget, any other rule.
+    counts: NDArray[np.int64]
+    # By sign of the advantage (-, 0, +): tokens and rejected ones.
+    signs: NDArray[np.int64]
+    # Sums of k |A| and of rho |A| by step: the gradient's weight that is left, of that without a trust region.
+    weight: NDArray[np.float64]
+    unmasked_weight: NDArray[np.float64]
+    delta_b: NDArray[np.float64]  # sums over responses by step, and how many; zeros for a method without
+    differs: int = 0  # tokens that the run's own method judges otherwise
+
+    @property
+    def tokens(self) -> int:
+        """Response tokens judged."""
+        return int(self.counts.sum())
+
+    @property
+    def rejected(self) -> NDArray[np.int64]:
+        """By cause: token threshold, prefix budget, any other rule."""
+        return self.counts.sum((0, 1))[1:]  # type: ignore[no-any-return]
+
+    @property
+    def masked(self) -> float:
+        """Share of response tokens rejected."""
+        return float(self.rejected.sum() / max(1, self.tokens))
+
+
+class Replay:
+    """Judges the chunks of one log by several methods; the first is the run's own.
+
+    Args:
+        specs: methods as ``name?knob=value``.
+        steps: the log's updates, in order.
+    """
+
+    def __init__(self, specs: Sequence[str], steps: Sequence[int]) -> None:
+        self._place = {step: index for index, step in enumerate(steps)}
+        shape = (len(steps), BINS, 4)
+        self.judged = [
+            Judged(
+                spec, parse_method(spec), np.zeros(shape, np.int64), np.zeros((3, 2), np.int64),
+                np.zeros(len(steps)), np.zeros(len(steps)), np.zeros((len(steps), 2)),
+            )
+            for spec in specs
+        ]  # fmt: skip
+
+    def add(self, chunk: Chunk) -> Decision:
+        """Judge a chunk by every method; return the own method's decision."""
+        response, bins = token_bins(chunk)
+        mask = bins >= 0
+        place = np.array([self._place[step] for step in chunk.step.tolist()], dtype=np.int64)
+        token_place = place[response][mask]
+        cell = (token_place * BINS + bins[mask]) * 4
+        advantage = np.repeat(chunk.advantage, chunk.lengths)[mask]
+        sign = np.sign(advantage).astype(np.int64) + 1
+        kept = torch.from_numpy(mask)
+        log_ratio = np.clip(chunk.logp[mask].astype(np.float64) - chunk.rollout_logp[mask], -20, 20)
+        plain = np.where(np.isfinite(log_ratio), np.exp(log_ratio), 0.0) * np.abs(advantage)
+        own: Decision | None = None
+        own_codes: NDArray[Any] | None = None
+        for judged in self.judged:
+            decision = decide_chunk(judged.method, chunk)
+            codes = _numpy(decision.rejected_by, kept)
+            judged.counts += np.bincount(cell + codes, minlength=judged.counts.size).reshape(judged.counts.shape)
+            pairs = np.bincount(sign * 2 + (codes > 0), minlength=6).reshape(3, 2)
+            judged.signs += np.stack([pairs.sum(1), pairs[:, 1]], 1)
+            left = np.abs(_numpy(decision.coefficient, kept)) * np.abs(advantage)
+            judged.weight += np.bincount(token_place, left, minlength=len(self._place))
+            judged.unmasked_weight += np.bincount(token_place, plain, minlength=len(self._place))
+            if decision.trace.delta_b is not None:
+                used = np.bincount(response[mask], minlength=len(chunk.lengths)) > 0
+                budget = decision.trace.delta_b.numpy()[used]
+                judged.delta_b[:, 0] += np.bincount(place[used], budget, minlength=len(self._place))
+                judged.delta_b[:, 1] += np.bincount(place[used], minlength=len(self._place))
+            if own is None or own_codes is None:
+                own, own_codes = decision, codes
+            else:
+                judged.differs += int(np.count_nonzero((codes > 0) != (own_codes > 0)))
+        assert own is not None
+        return own
+
+
+def _numpy(values: Tensor, kept: Tensor) -> NDArray[Any]:
+    return values[kept].numpy()
+
+
+def replay(log: Log, specs: Sequence[str], *, progress: Callable[[int], None] = lambda responses: None) -> Replay:
+    """Judge a whole log by several methods.
+
+    Args:
+        log: the log.
+        specs: methods; the first is the run's own.
+        progress: called with the number of responses judged since the last call.
+    """
+    steps = sorted({int(step) for chunk in log.chunks() for step in chunk.step})
+    found = Replay(specs, steps)
+    for chunk in log.chunks():
+        found.add(chunk)
+        progress(len(chunk.lengths))
+    return found

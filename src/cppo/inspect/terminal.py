@@ -1,0 +1,70 @@
+"""The document about a log, on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_STYLES = {"problem": "bold red", "warning": "yellow", "note": "cyan"}
+
+
+def print_document(document: dict[str, Any], console: Console) -> None:
+    """Print each run: what was found, what each method would have done, which thresholds fit."""
+    for run in document["runs"]:
+        steps = run["steps"]
+        console.print(Text(f"{run['name']}  ({run['method']})", style="bold"))
+        console.print(
+            Text(
+                f"{run['responses']:,} responses, {run['tokens']:,} tokens of the policy, updates {steps[0]} to "
+                f"{steps[-1]}"
+            )
+        )
+        console.print()
+        for finding in run["findings"]:
+            console.print(Text(f"{finding['level']}: {finding['title']}", style=_STYLES[finding["level"]]))
+            console.print(Text(finding["text"]))
+            console.print()
+        if not run["findings"]:
+            console.print(Text("Nothing stands out.\n"))
+        console.print(_methods(run))
+        for spec, reason in run["left_out"].items():
+            console.print(Text(f"{spec}: {reason}", style="dim"))
+        console.print()
+        console.print(Text(_suggestion(run["suggestion"])))
+        console.print()
+
+
+def _methods(run: dict[str, Any]) -> Table:
+    table = Table(title="The same tokens, judged by", title_justify="left", title_style="bold")
+    table.add_column("method", overflow="fold")
+    columns = {
+        "masked": "masked", "token": "by_token_threshold", "budget": "by_prefix_budget", "other": "by_other_rule",
+        "A > 0": "masked_positive", "A < 0": "masked_negative", "weight left": "weight_left", "differs": "differs",
+    }  # fmt: skip
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for entry in run["methods"]:
+        table.add_row(Text(entry["spec"]), *(_percent(entry[key]) for key in columns.values()))
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _suggestion(found: dict[str, Any]) -> str:
+    paper = found["paper"]
+    beside = (
+        f"The paper's delta {paper['delta']:g} and delta_b {paper['delta_b']:g} would mask {_percent(paper['masked'])}."
+    )
+    if found["delta"] is None or found["delta_b"] is None:
+        return f"No thresholds mask {found['wanted']:.1%} of these tokens: the drift is too small. {beside}"
+    settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
+    return (
+        f"To mask {found['wanted']:.1%} of these tokens, half of them by the prefix budget: delta "
+        f"{found['delta']:.3g}, "
+        f"delta_b {found['delta_b']:.3g} ({settings}). {beside}"
+    )
