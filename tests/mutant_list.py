@@ -762,6 +762,10 @@ MUTANTS = [
             "loss_scale(block.advantages, block.layout",
             "loss_scale(block.advantages.abs(), block.layout",
         ),
+        ("a token's loss is its gradient's integral", "(1 + logp - logp.detach())", "(logp - logp.detach())"),
+        ("a token's loss without a gradient", "(1 + logp - logp.detach())", "(1 + logp.detach() - logp.detach())"),
+        ("a rejected token's log-prob counts", "logp = torch.where(kept, logp, 0.0)", "logp = logp * 1.0"),
+        ("a token's loss with its sign turned", "return -weight * (1", "return weight * (1"),
     ),
     *_mutants(
         "ops/context_parallel.py",
@@ -840,6 +844,7 @@ MUTANTS = [
     ),
     *_mutants(
         "inputs.py",
+        ("packed advantages of one a token are a response's", "(*layout.shape, 1)", "(*layout.shape, 2)"),
         (
             "broken advantages reach the gradient",
             "advantages.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)",

@@ -12,6 +12,7 @@ from layouts import NAN, WORKED, every_layout, packed, padded, takes_divergence,
 from test_against_oracle import expected
 
 import cppo
+from cppo.objective import token_losses
 
 METHODS = CPPOS[1::7] + OTHERS
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS, ids=label)
@@ -51,6 +52,34 @@ def test_gradient_is_minus_k_times_a_over_the_denominator(method, knobs):
         for got, want in zip(batch.per_response(gradient), closed_form(batch, responses, method, knobs), strict=True):
             assert got == pytest.approx(want, rel=1e-11, abs=1e-15)
         assert not batch.outside(gradient).any()
+
+
+@EVERY_METHOD
+def test_token_losses_are_minus_k_times_a_and_so_are_their_gradients(method):
+    responses = drifting_batch(seed=24)
+    for batch in (padded(responses, side="left", extra=2, garbage=NAN), packed(responses)):
+        positional, named = batch.arguments(method)
+        logp = positional[0].clone().requires_grad_()
+        losses = token_losses(cppo.decide(method, logp, *positional[1:], **named), logp)
+        # One weight a token: its gradient passes through, and no other's.
+        weights = torch.arange(1.0, 1.0 + logp.numel(), dtype=logp.dtype).view_as(logp)
+        (losses * weights).sum().backward()
+        wanted = closed_form(batch, responses, method, {"reduction": "token-mean", "denominator": 1.0})
+        rows = zip(*(batch.per_response(values) for values in (losses, logp.grad, weights)), wanted, strict=True)
+        for loss, gradient, weight, want in rows:
+            assert loss == pytest.approx(want, rel=1e-11, abs=1e-15)
+            assert gradient == pytest.approx([w * x for w, x in zip(weight, want, strict=True)], rel=1e-11, abs=1e-15)
+        assert not batch.outside(losses.detach()).any()
+        assert not batch.outside(logp.grad).any()
+
+
+def test_a_rejected_token_without_a_log_prob_costs_token_losses_nothing():
+    logp = torch.tensor([[-1.0, NAN, -0.5]], requires_grad=True)
+    decision = cppo.decide(cppo.PolicyGradient(), logp, torch.tensor([[-1.0, -1.0, NAN]]), torch.tensor([2.0]))
+    losses = token_losses(decision, logp)
+    losses.sum().backward()
+    assert losses.tolist() == [[-2.0, 0.0, 0.0]]
+    assert logp.grad.tolist() == [[-2.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=label)

@@ -100,6 +100,17 @@ class RolloutWriter:
             self._folder / f"{name}{part}.parquet", [row | {"step": step} for row in rows], method=self.method
         )
 
+    def keep_tokenizer(self, tokenizer: Any) -> None:
+        """Write a fast tokenizer's ``tokenizer.json`` beside the log, once; a reader cuts texts into tokens by it."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        file = self._folder / "tokenizer.json"
+        if backend is None or file.exists():
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")  # several processes may be at it
+        backend.save(str(temporary))
+        os.replace(temporary, file)
+
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows that are kept."""
         return self._rows

@@ -8,6 +8,7 @@ from trl_training import make_trainer, reward_letters
 import cppo
 from cppo.adapters import trl as adapter
 from cppo.inspect.reading import Log
+from cppo.inspect.runs import inspect_runs
 from cppo.rollout_log import read_rollouts
 
 pytestmark = pytest.mark.train
@@ -31,8 +32,11 @@ def test_replay_equals_what_the_run_did(tmp_path, divergence):
     # 2 micro-batches of 4 an update.
     assert [row["step"] for row in rows] == [step for step in range(1, 6) for _ in range(8)]
     assert sorted(file.name for file in (tmp_path / "rollouts").iterdir()) == [
-        "report.html", *(f"step-{step:06d}.parquet" for step in range(1, 6)),
+        "report.html", *(f"step-{step:06d}.parquet" for step in range(1, 6)), "tokenizer.json",
     ]  # fmt: skip
+    (document,) = inspect_runs([tmp_path / "rollouts"], beside=())["runs"]
+    for example in document["examples"]:
+        assert "".join(example["tokens"]) == example["response"].replace(" ", "")
     assert Log.open(tmp_path / "rollouts").method == cppo.methods.method_spec(method)
     logged = [entry["gate/masked_fraction"] for entry in trainer.state.log_history if "gate/masked_fraction" in entry]
     assert len(logged) == 5

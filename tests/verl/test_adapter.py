@@ -162,6 +162,7 @@ def test_knobs_arrive_through_the_composed_configuration():
         (["clip_low=0.2"], "cppo has no knob 'clip_low'"),
         (["delta=-1"], r"CPPO\(delta=-1\)"),
         (["divergence=topk_tv"], "verl keeps the sampled token's log-prob alone"),
+        (["rollout_log=rollouts"], "policy_loss.rollout_log='rollouts': expected an absolute path"),
     ],
 )
 def test_typos_and_impossible_knobs_fail_when_the_configuration_is_read(overrides, message):

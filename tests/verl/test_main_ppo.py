@@ -117,6 +117,7 @@ def test_two_steps_of_main_ppo_under_cppo(tmp_path):
     # Two updates a step, two workers an update, four responses each; read back, they are judged as they were.
     files = sorted(folder.glob("*.parquet"))
     assert [file.name[:11] for file in files] == [f"step-{n:06d}" for n in (1, 1, 2, 2, 3, 3, 4, 4)]
+    assert (folder / "tokenizer.json").is_file()
     rows = list(read_rollouts(folder))
     assert [row["step"] for row in rows] == [n for n in (1, 2, 3, 4) for _ in range(8)]
     for row in rows:

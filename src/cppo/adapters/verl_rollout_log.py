@@ -61,6 +61,7 @@ class RolloutLog:
         logp, rollout_logp, mask, advantages = (column.cpu() for column in columns)
         prompts, responses = ([ids.tolist() for ids in _rows(data[name])] for name in ("prompts", "responses"))
         self._writer.method = method_spec(decision.method)
+        self._writer.keep_tokenizer(tokenizer)
         rewards = [row.sum().item() for row in _rows(data["rm_scores"])] if "rm_scores" in data else [None] * len(logp)
         self._writer.add(
             [
@@ -105,7 +106,15 @@ _logs: dict[str, RolloutLog] = {}
 
 
 def log_in(folder: str) -> RolloutLog:
-    """Return this process's log in that folder, made at the first call."""
+    """Return this process's log in that folder, made at the first call.
+
+    Raises:
+        ValueError: for a relative path.
+    """
+    if not Path(folder).is_absolute():
+        raise ValueError(
+            f"policy_loss.rollout_log={folder!r}: expected an absolute path; workers run in directories of their own"
+        )
     if folder not in _logs:
         from verl.workers import engine_workers
 

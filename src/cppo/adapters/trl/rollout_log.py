@@ -67,6 +67,11 @@ class RolloutLog(TrainerCallback):
         """Keep the rows of a micro-batch."""
         self._writer.add(rows)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the tokenizer beside the log."""
+        if state.is_world_process_zero:
+            self._writer.keep_tokenizer(kwargs.get("processing_class"))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write what was kept as the update that has just been made."""
         self._writer.write(state.global_step, self._part)
