@@ -193,7 +193,8 @@ def test_a_stack_is_asked_where_its_distribution_is_installed(monkeypatch):
     tests = {stack: (lambda stack=stack: asked.append(stack) or iter(())) for stack in self_tests.SELF_TESTS}
     monkeypatch.setattr(doctor, "_SELF_TESTS", tests)
     given = {"slime": "0.1", "tinker": "0.38.0"}
-    monkeypatch.setattr(versions, "installed", given.get)
+    for module in (doctor, versions):
+        monkeypatch.setattr(module, "installed", given.get)
     list(doctor.examine())
     assert asked == ["tinker", "slime"]
 
