@@ -70,6 +70,10 @@ def make_run(name="first", *, steps=12, examples=None, hostile=""):
             make_method(SPECS[2], steps=steps, shift=0.01),
         ],
         "left_out": {"drpo": "needs the rollout policy's entropy"},
+        "rejected_tokens": [
+            {"id": 7, "text": " answer", "count": 40, "rejected": 12},
+            {"id": 9, "text": hostile or None, "count": 5, "rejected": 4},
+        ],
         "suggestion": {
             "wanted": 0.02, "settings": {"divergence": "binary_tv", "w_min": 0.8, "budget": "adaptive"},
             "token_delta": 0.0483732, "delta": 0.108876, "delta_b": None, "masked": float("nan"),

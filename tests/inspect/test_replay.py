@@ -10,6 +10,7 @@ from logs import make_rows, write_log
 import cppo
 from cppo.inspect.reading import Log
 from cppo.inspect.replay import BINS, Replay, replayable
+from cppo.inspect.runs import inspect_runs
 
 pytestmark = pytest.mark.train
 
@@ -105,3 +106,23 @@ def test_a_log_without_what_a_method_needs_says_so():
     assert "measured divergence" in replayable(cppo.CPPO(divergence="topk_tv"), log_has_divergence=False)
     assert replayable(cppo.CPPO(divergence="topk_tv"), log_has_divergence=True) is None
     assert "entropy" in replayable(cppo.parse_method("estr?tau=0.1"), log_has_divergence=True)
+
+
+def test_the_tokens_that_were_rejected_most_are_counted(tmp_path):
+    rows = make_rows(6)
+    (run,) = inspect_runs([write_log(tmp_path, rows)], own="dppo?delta=0.1", beside=())["runs"]
+    counts = {}
+    for row in rows:
+        columns = [torch.tensor([row[name]]) for name in ("logp", "rollout_logp")]
+        mask = torch.tensor([row["response_mask"]])
+        codes = (
+            cppo.decide(cppo.DPPO(delta=0.1), *columns, torch.tensor([row["advantage"]]), mask).rejected_by[0].tolist()
+        )
+        for token, code, mine in zip(row["token_ids"], codes, row["response_mask"], strict=True):
+            if mine:
+                count, rejected = counts.get(token, (0, 0))
+                counts[token] = (count + 1, rejected + (code > 0))
+    wanted = sorted(((-rejected, token, count) for token, (count, rejected) in counts.items() if rejected))[:20]
+    found = [(-entry["rejected"], entry["id"], entry["count"]) for entry in run["rejected_tokens"]]
+    assert found == wanted
+    assert len(found) > 5

@@ -14,7 +14,7 @@ from cppo.inspect.advice import Evidence, as_dict, findings
 from cppo.inspect.measures import Measures
 from cppo.inspect.reading import Chunk, Log, join, take
 from cppo.inspect.replay import BINS, Judged, Replay, decide_chunk, replayable
-from cppo.inspect.statement import TokenTexts, number, numbers, statement
+from cppo.inspect.statement import TokenTexts, number, numbers, printable, statement
 from cppo.methods import CPPO, Method, method_name, parse_method
 
 FORMAT = 1
@@ -23,6 +23,7 @@ BESIDE = (
     "cppo", "dppo", "ipo", "trm", "trm_max", "trm_avg", "grpo", "minpro", "gspo", "sapo", "cispo", "policy_gradient",
 )  # fmt: skip
 _SAMPLE_TOKENS = 40_000  # of which thresholds are suggested
+_REJECTED_TOKENS = 20  # listed
 _SHOWN_TOKENS = 20_000  # of all responses that are shown whole
 _DELTAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 _BUDGETS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05)
@@ -62,12 +63,14 @@ def summarise(
     if reason is not None:
         raise ValueError(f"method={own!r}: {reason}; expected a method that can judge it, such as cppo")
     replayed, measures = Replay(specs, steps), Measures(steps)
-    shown, sample = _Shown(responses), _Sample(log)
+    shown, sample, rejected = _Shown(responses), _Sample(log), _RejectedTokens()
     for chunk in log.chunks(texts=True):
         decision = replayed.add(chunk)
         coefficient = np.abs(decision.coefficient.numpy().astype(np.float64))
         measures.add(chunk, coefficient * np.abs(np.repeat(chunk.advantage, chunk.lengths)))
-        shown.add(chunk, decision.rejected_by.numpy())
+        codes = decision.rejected_by.numpy()
+        shown.add(chunk, codes)
+        rejected.add(chunk, codes)
         sample.add(chunk)
         progress(len(chunk.lengths))
     judged = replayed.judged
@@ -91,6 +94,7 @@ def summarise(
         },
         "methods": [_method_entry(item, judged[0]) for item in judged],
         "left_out": left_out,
+        "rejected_tokens": rejected.most(texts),
         "suggestion": suggestion,
         "findings": [as_dict(f) for f in findings(Evidence(series, measures, judged[0], suggestion["token_delta"]))],
         "examples": [
@@ -174,6 +178,34 @@ class _Sample:
     def chunk(self) -> Chunk:
         """Return the sample."""
         return join(self._chunks)
+
+
+class _RejectedTokens:
+    """How often each token was written, and rejected by the run's own method."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, list[int]] = {}
+
+    def add(self, chunk: Chunk, codes: NDArray[np.int8]) -> None:
+        ids, place = np.unique(chunk.token_ids[chunk.response_mask], return_inverse=True)
+        rejected = np.bincount(place, codes[chunk.response_mask] > 0, minlength=len(ids))
+        columns = (ids, np.bincount(place, minlength=len(ids)), rejected)
+        for token, count, gone in zip(*(column.tolist() for column in columns), strict=True):
+            entry = self._counts.setdefault(token, [0, 0])
+            entry[0] += count
+            entry[1] += int(gone)
+
+    def most(self, texts: TokenTexts | None) -> list[dict[str, Any]]:
+        """Return the tokens rejected most often, and their texts where they can be had."""
+        order = sorted(self._counts.items(), key=lambda item: (-item[1][1], item[0]))
+        return [
+            {
+                "id": token, "text": None if texts is None else printable("".join(texts([token]))),
+                "count": count, "rejected": gone,
+            }
+            for token, (count, gone) in order[:_REJECTED_TOKENS]
+            if gone
+        ]  # fmt: skip
 
 
 class _Shown:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+_TOKENS = 10  # named
 _STYLES = {"problem": "bold red", "warning": "yellow", "note": "cyan"}
 
 
@@ -33,6 +34,13 @@ def print_document(document: dict[str, Any], console: Console) -> None:
         for spec, reason in run["left_out"].items():
             console.print(Text(f"{spec}: {reason}", style="dim"))
         console.print()
+        if run["rejected_tokens"]:
+            named = (
+                f"{e['id'] if e['text'] is None else repr(e['text'])} {e['rejected']} of {e['count']}"
+                for e in run["rejected_tokens"][:_TOKENS]
+            )
+            console.print(Text(f"Rejected most by the run's own method: {', '.join(named)}"))
+            console.print()
         console.print(Text(_suggestion(run["suggestion"])))
         console.print()
 

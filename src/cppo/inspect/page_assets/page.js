@@ -173,6 +173,24 @@ function showWhatIf() {
   });
 }
 
+// Which tokens the run's own method rejected most.
+function showRejectedTokens() {
+  const rows = runs.flatMap((run, index) => (run.rejected_tokens || []).map((entry) => ({ index, entry })));
+  if (!rows.length) return;
+  const columns = [
+    { title: "Token", text: true, value: ({ entry }) => entry.text ?? `id ${entry.id}`, show: (text) => foreign(text, 40) },
+    { title: "Id", value: ({ entry }) => entry.id, show: String },
+    ...(several ? [runColumn] : []),
+    { title: "Rejected", value: ({ entry }) => entry.rejected },
+    { title: "Of", value: ({ entry }) => entry.count },
+    { title: "Share", value: ({ entry }) => entry.rejected / entry.count, show: share },
+  ];
+  byId("rejected-tokens").append(
+    make("h3", {}, "Tokens that the run's own method rejected most"),
+    make("div", { class: "scroll" }, table(columns, rows, { sortable: true })),
+  );
+}
+
 // The methods that the select over the pictures stands for, as {run, entry, colour, style}.
 function chosenMethods() {
   const wanted = byId("method").value;
@@ -423,6 +441,7 @@ showRuns();
 showFindings();
 showLearning();
 showWhatIf();
+showRejectedTokens();
 showPictures();
 showThresholds();
 renderAll();
