@@ -180,7 +180,7 @@ def test_runs_side_by_side_have_one_colour_each(show):
 def test_the_tokens_rejected_most_are_the_documents(show):
     page = show(make_document(make_run()))
     assert cells(page, "#rejected-tokens") == [
-        ["answer", "7", "12", "40", "30.0%"],
+        [" answer", "7", "12", "40", "30.0%"],
         ["id 9", "9", "4", "5", "80.0%"],
     ]  # fmt: skip
 
