@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cppo.methods import CORRECTIONS, METHODS, SETTINGS, Setting, parse_method, takes_topk
+from cppo.printable import printable
 from cppo.specs import parse_spec, with_option
 
 # Below this width the table of methods would break words.
@@ -217,7 +218,7 @@ def inspect(
     else:
         print_document(document, _console(stderr=False))
         if html is not None:
-            print(f"{html}: the page")
+            print(f"{printable(str(html))}: the page")
 
 
 @app.command(epilog="Examples:  cppo methods  |  cppo methods trm_max  |  cppo methods --json")
@@ -357,5 +358,5 @@ def main() -> None:
     except (ValueError, TypeError, ImportError, OSError) as error:
         if os.environ.get("CPPO_TRACEBACK"):
             raise
-        print(f"cppo: {error}", file=sys.stderr)
+        print(f"cppo: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -36,13 +36,19 @@ class Evidence:
     series: dict[str, NDArray[np.float64]]
     measures: Measures
     own: Judged
-    suggested_delta: float | None  # at which the token rule alone would mask the wanted share
+    suggested_delta: float | None  # of CPPO, at which its token rule alone would mask the wanted share
+    wanted: float
 
 
 def findings(evidence: Evidence) -> list[Finding]:
     """Return what the log shows, the gravest first."""
     order: dict[Level, int] = {"problem": 0, "warning": 1, "note": 2}
+    tokens = evidence.measures.sums["tokens"].sum()
     found = [finding for rule in _RULES for finding in rule(evidence)]
+    if not tokens:
+        return [finding for finding in found if finding.title.endswith("no finite log-prob")] or [
+            Finding("problem", "No token of the policy", "The log's responses are empty, or all of them is masked.", {})
+        ]
     return sorted(found, key=lambda finding: order[finding.level])
 
 
@@ -68,7 +74,8 @@ def _never_acts(e: Evidence) -> Iterator[Finding]:
     masked, equal = e.own.masked, _mean(e.series["equal_log_probs"])
     gap = float(e.measures.by_step.sums.sum() / max(1, e.measures.by_step.counts.sum()))
     numbers = {"masked": masked, "equal_log_probs": equal, "probability_gap": gap}
-    hint = "" if e.suggested_delta is None else f" A delta of {e.suggested_delta:.3g} would mask one token in fifty."
+    delta, share = e.suggested_delta, _percent(e.wanted)
+    hint = "" if delta is None else f" A delta of {delta:.3g} would mask {share} of them by CPPO's token rule alone."
     if equal > 0.95:
         yield Finding(
             "problem", "The two policies' log-probs are the same",
@@ -189,16 +196,16 @@ def _broken_tokens(e: Evidence) -> Iterator[Finding]:
 
 
 def _collapse(e: Evidence) -> Iterator[Finding]:
-    reward, length = e.series["reward"], e.series["length"]
-    if len(reward) < 10 or not np.isfinite(reward).any():
+    rewarded = np.isfinite(e.series["reward"])
+    reward, length, gaps = (e.series[name][rewarded] for name in ("reward", "length", "probability_gap_tail"))
+    steps = np.array(e.measures.steps)[rewarded]
+    if len(reward) < 10:
         return
     window = max(3, len(reward) // 10)
-    smooth = np.convolve(np.nan_to_num(reward), np.ones(window) / window, mode="valid")
+    smooth = np.convolve(reward, np.ones(window) / window, mode="valid")
     peak, last = int(smooth.argmax()), float(smooth[-1])
-    span = float(smooth.max() - min(0.0, float(smooth.min())))
-    if span > 0 and smooth[peak] - last > 0.4 * span:
-        step = e.measures.steps[peak + window // 2]
-        gaps = e.series["probability_gap_tail"]
+    if smooth[peak] - last > 0.4 * float(np.abs(smooth).max()):
+        step = int(steps[peak + window // 2])
         before, after = _mean(gaps[: peak + window]), _mean(gaps[peak + window :])
         grew = f" |pi - mu| of the largest tenth went from {before:.2g} to {after:.2g}." if after > 1.5 * before else ""
         yield Finding(
@@ -268,4 +275,5 @@ _RULES = (
 
 def as_dict(finding: Finding) -> dict[str, Any]:
     """Return a finding for JSON."""
-    return dataclasses.asdict(finding)
+    numbers = {name: value if np.isfinite(value) else None for name, value in finding.numbers.items()}
+    return dataclasses.asdict(finding) | {"numbers": numbers}

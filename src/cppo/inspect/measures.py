@@ -59,6 +59,7 @@ _TOKEN_SUMS = (
     "ratio",
     "ratio_squared",
     "equal",
+    "uncertain",
     "below",
     "broken",
 )
@@ -92,7 +93,7 @@ class Measures:
         response, bins = token_bins(chunk)
         place = np.array([self._place[step] for step in chunk.step.tolist()], dtype=np.int64)
         logp, rollout_logp = (np.minimum(x.astype(np.float64), 0.0) for x in (chunk.logp, chunk.rollout_logp))
-        finite = np.isfinite(logp) & np.isfinite(rollout_logp)
+        finite = np.isfinite(chunk.logp) & np.isfinite(chunk.rollout_logp)
         mask = (bins >= 0) & finite
         broken = (bins >= 0) & ~finite
         if broken.any() and self.first_broken is None:
@@ -109,7 +110,7 @@ class Measures:
         values: dict[str, Any] = {
             "tokens": None, "distance": np.abs(log_ratio), "surprise": -m, "log_ratio": log_ratio,
             "k3": ratio - 1 - log_ratio, "ratio": ratio, "ratio_squared": ratio * ratio,
-            "equal": (p == m) & (m < -1e-3), "below": (p < m - 1e-6),
+            "equal": (p == m) & (m < -1e-3), "uncertain": m < -1e-3, "below": (p < m - 1e-6),
         }  # fmt: skip
         for name, value in values.items():
             self.sums[name] += np.bincount(at, value, minlength=len(self.steps))
@@ -155,7 +156,7 @@ class Measures:
             "kl_k3": _divide(s["k3"], tokens),
             "chi_squared": _divide(s["ratio_squared"], tokens) - 1,
             "effective_sample_size": _divide(s["ratio"] ** 2, tokens * s["ratio_squared"]),
-            "equal_log_probs": _divide(s["equal"], tokens),
+            "equal_log_probs": _divide(s["equal"], s["uncertain"]),
             "below_sampler": _divide(s["below"], tokens),
             "largest_response": _divide(self.largest_weight, self.total_weight),
         }

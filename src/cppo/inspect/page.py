@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cppo.inspect.statement import printable
+from cppo.printable import printable
 
 _SCRIPTS = ("elements.js", "pictures.js", "response.js", "page.js")
 

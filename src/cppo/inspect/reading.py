@@ -97,8 +97,8 @@ class Log:
         if path.is_file():
             files, name = [path], path.stem
         elif path.is_dir():
-            folder = path / "rollouts" if (path / "rollouts").is_dir() else path
-            files, name = sorted(folder.glob("*.parquet")), path.resolve().name
+            files = sorted((path / "rollouts").glob("*.parquet")) or sorted(path.glob("*.parquet"))
+            name = path.resolve().name
             if not files:
                 raise ValueError(f"{path}: expected *.parquet in it or in its rollouts/, found none")
         else:
@@ -108,9 +108,9 @@ class Log:
             rows += _look_at(file)
         if not rows:
             raise ValueError(f"{path}: expected responses, found none in {len(files)} file(s)")
-        with _opened(files[0]) as parquet:
-            method = (parquet.schema_arrow.metadata or {}).get(b"cppo.method")
-        return Log(name, tuple(files), rows, None if method is None else method.decode(errors="replace"))
+        methods = {_method_of(file) for file in files}
+        # Of several none is the log's: the user names one.
+        return Log(name, tuple(files), rows, methods.pop() if len(methods) == 1 else None)
 
     def chunks(self, *, texts: bool = False, tokens: int = _CHUNK_TOKENS) -> Iterator[Chunk]:
         """Yield the log in order, about ``tokens`` tokens at a time, whole responses each.
@@ -146,6 +146,12 @@ def _opened(file: Path) -> pq.ParquetFile:
         raise ValueError(f"{file}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
 
 
+def _method_of(file: Path) -> str | None:
+    with _opened(file) as parquet:
+        method = (parquet.schema_arrow.metadata or {}).get(b"cppo.method")
+    return None if method is None else method.decode(errors="replace")
+
+
 def _batches(file: Path, parquet: pq.ParquetFile, rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
     try:
         yield from parquet.iter_batches(batch_size=rows, columns=columns)
@@ -163,6 +169,8 @@ def _look_at(file: Path) -> int:
                 f"{file}: expected a rollout log of version {VERSION}, got {version.decode(errors='replace')!r}"
             )
         for wanted in SCHEMA:
+            if found.names.count(wanted.name) > 1:
+                raise ValueError(f"{file}: expected one column {wanted.name!r}, found {found.names.count(wanted.name)}")
             if wanted.name not in found.names:
                 if wanted.name == "divergence":
                     continue
@@ -236,10 +244,20 @@ def _chunk(file: Path, first_row: int, batch: pa.RecordBatch, texts: bool) -> Ch
     step = per_row("step", np.int64)
     return Chunk(
         file, first_row, step, per_row("reward", np.float64, null=True), advantage, lengths,
-        prompt=batch.column("prompt").to_pylist() if texts else None,
-        response=batch.column("response").to_pylist() if texts else None,
+        prompt=_texts(batch, "prompt", fail) if texts else None,
+        response=_texts(batch, "response", fail) if texts else None,
         **columns,
     )  # fmt: skip
+
+
+def _texts(batch: pa.RecordBatch, column: str, fail: Any) -> list[str | None]:
+    found: list[str | None] = []
+    for row, value in enumerate(batch.column(column)):
+        try:
+            found.append(value.as_py())
+        except UnicodeDecodeError as error:
+            raise fail(column, row, "UTF-8", f"the byte {error.object[error.start]:#04x}") from None
+    return found
 
 
 def _divergence(batch: pa.RecordBatch, lengths: NDArray[np.int64], fail: Any) -> Floats | None:

@@ -109,7 +109,8 @@ class Replay:
     def add(self, chunk: Chunk) -> Decision:
         """Judge a chunk by every method; return the own method's decision."""
         response, bins = token_bins(chunk)
-        mask = bins >= 0
+        # A token without log-probs is rejected by every method and says nothing of any.
+        mask = (bins >= 0) & np.isfinite(chunk.logp) & np.isfinite(chunk.rollout_logp)
         place = np.array([self._place[step] for step in chunk.step.tolist()], dtype=np.int64)
         token_place = place[response][mask]
         cell = (token_place * BINS + bins[mask]) * 4

@@ -51,7 +51,14 @@ def _opened(path: Path, own: str | None) -> tuple[Log, str]:
     method = own or own_method(path, log)
     if method is None:
         raise ValueError(f"{path}: expected to find the method that the run used, found none; name it with --method")
-    parse_method(method)
+    try:
+        parse_method(method)
+    except (TypeError, ValueError, RecursionError) as error:
+        if own is not None:
+            raise
+        raise ValueError(
+            f"{path}: names the method {method[:80]!r}, which is none ({str(error)[:200]}); name it with --method"
+        ) from None
     return log, method
 
 

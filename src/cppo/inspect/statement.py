@@ -14,33 +14,38 @@ from numpy.typing import NDArray
 from cppo.inspect.reading import Chunk
 from cppo.inspect.replay import decide_chunk
 from cppo.methods import Method
+from cppo.printable import printable
 
 RULES = ("kept", "token threshold", "prefix budget", "other rule")
 _TRACE = ("position_weight", "divergence", "weighted_divergence", "prior_account", "threshold")
 
 
-def statement(one: Chunk, methods: dict[str, Method], tokens: Sequence[str] | None) -> dict[str, Any]:
+def statement(one: Chunk, methods: dict[str, Method], texts: TokenTexts | None, limit: int) -> dict[str, Any]:
     """Return one response's account under each method, as plain lists of one length.
 
     Args:
         one: a chunk of one response, with its texts.
         methods: by spec.
-        tokens: the text of each token, or None if no tokenizer is at hand.
+        texts: cuts ids into texts, where a tokenizer is at hand.
+        limit: how many tokens are written down; the response is judged whole.
     """
+    tokens = None if texts is None else texts(one.token_ids[:limit].tolist())
     judged = {}
     for spec, method in methods.items():
         decision = decide_chunk(method, one)
         trace = {name: getattr(decision.trace, name) for name in _TRACE}
-        entry: dict[str, Any] = {name: numbers(value.numpy()) for name, value in trace.items() if value is not None}
+        entry: dict[str, Any] = {
+            name: numbers(value.numpy()[:limit]) for name, value in trace.items() if value is not None
+        }
         if decision.trace.delta_b is not None:
             entry["delta_b"] = numbers(decision.trace.delta_b.numpy())[0]
-        entry["rejected_by"] = decision.rejected_by.tolist()
-        entry["coefficient"] = numbers(decision.coefficient.numpy())
+        entry["rejected_by"] = decision.rejected_by[:limit].tolist()
+        entry["coefficient"] = numbers(decision.coefficient.numpy()[:limit])
         judged[spec] = entry
     assert one.prompt is not None
     assert one.response is not None
     return {
-        "file": one.file.name,
+        "file": printable(one.file.name),
         "row": one.first_row,
         "step": int(one.step[0]),
         "reward": number(one.reward[0]),
@@ -48,10 +53,11 @@ def statement(one: Chunk, methods: dict[str, Method], tokens: Sequence[str] | No
         "prompt": printable(one.prompt[0]),
         "response": printable(one.response[0]),
         "tokens": None if tokens is None else [printable(token) for token in tokens],
-        "token_ids": one.token_ids.tolist(),
-        "logp": numbers(one.logp),
-        "rollout_logp": numbers(one.rollout_logp),
-        "response_mask": one.response_mask.tolist(),
+        "token_ids": one.token_ids[:limit].tolist(),
+        "logp": numbers(one.logp[:limit]),
+        "rollout_logp": numbers(one.rollout_logp[:limit]),
+        "response_mask": one.response_mask[:limit].tolist(),
+        "length": len(one.token_ids),
         "methods": judged,
     }
 
@@ -65,23 +71,6 @@ def number(value: Any) -> float | None:
 def numbers(values: NDArray[Any]) -> list[float | None]:
     """Return numbers for JSON."""
     return [number(value) for value in np.asarray(values).reshape(-1).tolist()]
-
-
-def printable(text: str | None) -> str | None:
-    """Return text in which nothing steers a terminal or turns the line around: such characters as their escapes."""
-    if text is None:
-        return None
-    return "".join(letter if letter in "\n\t" or letter.isprintable() else _escape(letter) for letter in text)
-
-
-def _escape(letter: str) -> str:
-    # What str.isprintable refuses: control characters, directions, unassigned and private ones, lone surrogates; and
-    # spaces other than the plain one, which are harmless.
-    return (
-        letter
-        if letter.isspace() and letter not in "\x1c\x1d\x1e\x1f\x0b\x0c\r\x85\u2028\u2029"
-        else f"\\u{ord(letter):04x}"
-    )
 
 
 class TokenTexts:
@@ -109,7 +98,8 @@ class TokenTexts:
         """Return the text of each token; a token that is a part of a character has it with the last of its parts."""
         texts, begun = [], 0
         for end in range(1, len(ids) + 1):
-            text = self._tokenizer.decode(list(ids[begun:end]), skip_special_tokens=False)
+            known = [token for token in ids[begun:end] if token >= 0]  # the library knows no others
+            text = self._tokenizer.decode(known, skip_special_tokens=False)
             whole = not text.endswith("\ufffd") or end - begun >= 4 or end == len(ids)
             texts.append(text if whole else "")
             if whole:

@@ -14,8 +14,9 @@ from cppo.inspect.advice import Evidence, as_dict, findings
 from cppo.inspect.measures import Measures
 from cppo.inspect.reading import Chunk, Log, join, take
 from cppo.inspect.replay import BINS, Judged, Replay, decide_chunk, replayable
-from cppo.inspect.statement import TokenTexts, number, numbers, printable, statement
+from cppo.inspect.statement import TokenTexts, number, numbers, statement
 from cppo.methods import CPPO, Method, method_name, parse_method
+from cppo.printable import printable
 
 FORMAT = 1
 # Judged beside the run's own method unless others are asked for: every method at its default knobs.
@@ -51,7 +52,7 @@ def summarise(
         texts: cuts responses into tokens, where a tokenizer is at hand.
         progress: called with the number of responses read since the last call; each is read twice.
     """
-    steps, divergence = _survey(log, progress)
+    steps, divergence, written = _survey(log, progress)
     specs, left_out = [own], {}
     for spec in beside:
         reason = replayable(parse_method(spec), divergence)
@@ -63,7 +64,7 @@ def summarise(
     if reason is not None:
         raise ValueError(f"method={own!r}: {reason}; expected a method that can judge it, such as cppo")
     replayed, measures = Replay(specs, steps), Measures(steps)
-    shown, sample, rejected = _Shown(responses), _Sample(log), _RejectedTokens()
+    shown, sample, rejected = _Shown(responses), _Sample(written), _RejectedTokens()
     for chunk in log.chunks(texts=True):
         decision = replayed.add(chunk)
         coefficient = np.abs(decision.coefficient.numpy().astype(np.float64))
@@ -78,7 +79,7 @@ def summarise(
     series = measures.series()
     methods = {item.spec: item.method for item in judged}
     return {
-        "name": log.name,
+        "name": printable(log.name),
         "method": own,
         "files": len(log.files),
         "responses": int(measures.sums["responses"].sum()),
@@ -96,23 +97,23 @@ def summarise(
         "left_out": left_out,
         "rejected_tokens": rejected.most(texts),
         "suggestion": suggestion,
-        "findings": [as_dict(f) for f in findings(Evidence(series, measures, judged[0], suggestion["token_delta"]))],
-        "examples": [
-            statement(one, methods, None if texts is None else texts(one.token_ids.tolist())) | {"why": why}
-            for why, one in shown.chosen()
+        "findings": [
+            as_dict(f) for f in findings(Evidence(series, measures, judged[0], suggestion["token_delta"], wanted))
         ],
+        "examples": [statement(one, methods, texts, _SHOWN_TOKENS) | {"why": why} for why, one in shown.chosen()],
     }
 
 
-def _survey(log: Log, progress: Callable[[int], None]) -> tuple[list[int], bool]:
-    """Return the log's updates, and whether every response has a measured divergence."""
+def _survey(log: Log, progress: Callable[[int], None]) -> tuple[list[int], bool, int]:
+    """Return the log's updates, whether every response has a measured divergence, and how many tokens there are."""
     steps: set[int] = set()
-    divergence = True
+    divergence, tokens = True, 0
     for chunk in log.chunks():
         steps.update(chunk.step.tolist())
         divergence = divergence and chunk.divergence is not None
+        tokens += len(chunk.logp)
         progress(len(chunk.lengths))
-    return sorted(steps), divergence
+    return sorted(steps), divergence, tokens
 
 
 def _allowance(method: Method) -> list[float | None] | None:
@@ -162,14 +163,11 @@ def _mean_budget(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 class _Sample:
     """Every k-th response of a log, about ``_SAMPLE_TOKENS`` tokens in all."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, tokens: int) -> None:
         self._chunks: list[Chunk] = []
-        self._every, self._seen, self._log = 1, 0, log
+        self._every, self._seen = max(1, round(tokens / _SAMPLE_TOKENS)), 0
 
     def add(self, chunk: Chunk) -> None:
-        if self._seen == 0:
-            mean = max(1.0, float(chunk.lengths.mean()))
-            self._every = max(1, round(self._log.responses * mean / _SAMPLE_TOKENS))
         rows = [row for row in range(len(chunk.lengths)) if (self._seen + row) % self._every == 0]
         self._seen += len(chunk.lengths)
         if rows:
@@ -280,7 +278,11 @@ def suggest(sample: Chunk, method: Method, wanted: float) -> dict[str, Any]:
     if base["divergence"] not in ("binary_tv", "binary_kl", "topk_tv", "topk_kl"):
         base["divergence"] = "binary_tv"
     if isinstance(method, CPPO):
-        base |= {"w_min": method.w_min, "budget": method.budget if method.budget != "none" else "adaptive"}
+        base |= {
+            "w_min": method.w_min,
+            "position": method.position,
+            "budget": method.budget if method.budget != "none" else "adaptive",
+        }
     decision = decide_chunk(CPPO(**base, delta=1e15), sample)
     usable = decision.batch.tokens().usable.numpy()
     outward = usable & (decision.batch.advantages * decision.batch.tokens().log_ratio > 0).numpy()
@@ -290,7 +292,7 @@ def suggest(sample: Chunk, method: Method, wanted: float) -> dict[str, Any]:
 
     def delta_for(share: float) -> float | None:
         rank = int(share * tokens)
-        return float(values[rank]) if 0 < rank < len(values) and values[rank] > 0 else None
+        return float(values[rank]) if rank < len(values) and values[rank] > 0 else None
 
     def masked(delta: float, delta_b: float) -> float:
         codes = decide_chunk(CPPO(**base, delta=delta, delta_b=delta_b), sample).rejected_by.numpy()

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cppo.printable import printable
+
 _TOKENS = 10  # named
 _STYLES = {"problem": "bold red", "warning": "yellow", "note": "cyan"}
 
@@ -16,7 +18,7 @@ def print_document(document: dict[str, Any], console: Console) -> None:
     """Print each run: what was found, what each method would have done, which thresholds fit."""
     for run in document["runs"]:
         steps = run["steps"]
-        console.print(Text(f"{run['name']}  ({run['method']})", style="bold"))
+        console.print(Text(f"{run['name']}  ({printable(run['method'])})", style="bold"))
         console.print(
             Text(
                 f"{run['responses']:,} responses, {run['tokens']:,} tokens of the policy, updates {steps[0]} to "
@@ -26,7 +28,7 @@ def print_document(document: dict[str, Any], console: Console) -> None:
         console.print()
         for finding in run["findings"]:
             console.print(Text(f"{finding['level']}: {finding['title']}", style=_STYLES[finding["level"]]))
-            console.print(Text(finding["text"]))
+            console.print(Text(printable(finding["text"]) or ""))
             console.print()
         if not run["findings"]:
             console.print(Text("Nothing stands out.\n"))
@@ -69,7 +71,8 @@ def _suggestion(found: dict[str, Any]) -> str:
         f"The paper's delta {paper['delta']:g} and delta_b {paper['delta_b']:g} would mask {_percent(paper['masked'])}."
     )
     if found["delta"] is None or found["delta_b"] is None:
-        return f"No thresholds mask {found['wanted']:.1%} of these tokens: the drift is too small. {beside}"
+        share = _percent(found["wanted"])
+        return f"No thresholds mask {share} of these tokens: too few move away from the sampler. {beside}"
     settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
     return (
         f"To mask {found['wanted']:.1%} of these tokens, half of them by the prefix budget: delta "
