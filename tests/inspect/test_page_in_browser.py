@@ -185,6 +185,15 @@ def test_the_tokens_rejected_most_are_the_documents(show):
     ]  # fmt: skip
 
 
+def test_a_response_that_is_shown_in_part_says_so(show):
+    example = make_example()
+    whole = len(example["token_ids"])
+    page = show(make_document(make_run(examples=[example | {"length": 30_000}, example | {"length": whole}])))
+    assert f"the first {whole} of 30,000 tokens" in page.locator("#shown").inner_text()
+    page.select_option("#examples", "1")
+    assert "the first" not in page.locator("#shown").inner_text()
+
+
 # ---------------------------------------------------------------- what it does
 
 

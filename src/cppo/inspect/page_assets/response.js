@@ -156,6 +156,9 @@ function showResponse() {
         ["by prefix budget", count(2)],
         ["by another rule", count(3)],
         ...(isNumber(method.delta_b) ? [["delta_b", number(method.delta_b)]] : []),
+        ...(example.length > example.token_ids.length
+          ? [["shown", `the first ${number(example.token_ids.length)} of ${number(example.length)} tokens`]]
+          : []),
       ],
       "terms facts",
     ),
