@@ -68,7 +68,9 @@ def test_a_giant_response_is_judged_whole_and_shown_in_part(tmp_path):
 def test_names_steer_no_terminal(tmp_path):
     folder = write_log(tmp_path / "\x1b]0;taken\x07\x1b[31mred\u202e", make_rows())
     for done in (inspect(folder, "--method", "cppo"), inspect(folder)):
-        assert not {"\x1b", "\x07", "\u202e"} & set(done.stdout + done.stderr)
+        shown = done.stdout + done.stderr
+        assert "\\u001b[31mred\\u202e" in shown
+        assert not {"\x1b", "\x07", "\u202e"} & set(shown)
     assert printable("a\x1b[31mb\u202ec\n\td é 中") == "a\\u001b[31mb\\u202ec\n\td é 中"
 
 

@@ -9,20 +9,13 @@ from unittest import mock
 import pytest
 import tinker
 from drivers import nemo_rl, prime_rl, rllm, skyrl, slime
-from drivers.prime_rl import present
+from drivers.prime_rl import package, present
 
 import cppo.adapters
 from cppo import doctor
 from cppo.doctor import self_tests, versions
 
 GRADIENT = {"tinker", "skyrl", "prime-rl", "rllm", "nemo-rl"}
-
-
-def module(name, **content):
-    made = types.ModuleType(name)
-    made.__path__ = []
-    vars(made).update(content)
-    return made
 
 
 @contextlib.contextmanager
@@ -37,15 +30,15 @@ def rllm_stack():
             return
         given = {
             "rllm": rllm.rllm,
-            "rllm.trainer": module("rllm.trainer"),
-            "rllm.trainer.algorithms": module("rllm.trainer.algorithms"),
-            "rllm.trainer.algorithms.config": module("config", AlgorithmConfig=types.SimpleNamespace),
-            "rllm.trainer.algorithms.loss": module(
+            "rllm.trainer": package("rllm.trainer"),
+            "rllm.trainer.algorithms": package("rllm.trainer.algorithms"),
+            "rllm.trainer.algorithms.config": package("config", AlgorithmConfig=types.SimpleNamespace),
+            "rllm.trainer.algorithms.loss": package(
                 "loss", native_loss_names=lambda backend: set(), get_loss=rllm.rllm.registry.__getitem__,
                 resolve_loss=lambda config, native_losses: rllm.resolve("tinker", config.loss_params),
             ),
-            "rllm.trainer.tinker": module("rllm.trainer.tinker"),
-            "rllm.trainer.tinker.custom_loss": module("custom_loss", build_custom_loss=rllm._managed),
+            "rllm.trainer.tinker": package("rllm.trainer.tinker"),
+            "rllm.trainer.tinker.custom_loss": package("custom_loss", build_custom_loss=rllm._managed),
         }  # fmt: skip
         with present(given):
             yield

@@ -12,31 +12,12 @@ import one_batch
 import pytest
 import torch
 from drivers import nemo_rl as driver
+from one_batch import SPECS, core
 
 import cppo
 from cppo.adapters.nemo_rl import TrustRegionLoss
 
-SPECS = [
-    "cppo?delta=0.1&delta_b=0.01",
-    "cppo?delta=0.1&delta_b=0.01&divergence=binary_kl",
-    "dppo?delta=0.1",
-    "grpo",
-    "gspo",
-    "policy_gradient",
-]
 SPEC = SPECS[0]
-
-
-def method_of(spec):
-    return cppo.parse_method(spec) if "?" in spec else cppo.make_method(spec)
-
-
-def core(spec, batch, mask=None, **reduction):
-    leaf = batch.logp.clone().requires_grad_()
-    mask = batch.mask if mask is None else mask
-    out = cppo.policy_loss(method_of(spec), leaf, batch.rollout_logp, batch.advantages, mask, **reduction)
-    out.loss.backward()
-    return leaf.grad, out
 
 
 def ours(spec=SPEC, **knobs):

@@ -6,23 +6,12 @@ import tomllib
 import pytest
 import torch
 from drivers import prime_rl as driver
-from one_batch import make_batch
+from one_batch import SPECS, close, core, make_batch
 
 import cppo
 from cppo.adapters import prime_rl as adapter
 
-SPECS = ("cppo?delta=0.15", "cppo?budget=fixed&delta_b=0.02", "dppo?delta=0.1", "grpo", "gspo", "policy_gradient")
 own_code = pytest.mark.skipif(driver.CHECKOUT is None, reason="CPPO_PRIME_RL names no checkout")
-
-
-def core_gradient(method, batch):
-    leaf = batch.logp.clone().requires_grad_()
-    cppo.policy_loss(method, leaf, batch.rollout_logp, batch.advantages, batch.mask, denominator=1.0).loss.backward()
-    return leaf.grad
-
-
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -31,14 +20,14 @@ def test_the_gradient_is_the_cores(spec):
     for seed in range(3):
         batch = make_batch(seed)
         found = driver.gradient(spec, batch)
-        close(found, core_gradient(method, batch))
+        close(found, core(method, batch, denominator=1.0)[0])
         assert (found[batch.mask] != 0).any()
 
 
 def test_knobs_stand_beside_a_name_too():
     batch = make_batch()
     beside = driver.run(batch, driver.ours(method="cppo", delta=0.05, delta_b=0.01))[2]
-    close(beside, core_gradient(cppo.CPPO(delta=0.05, delta_b=0.01), batch))
+    close(beside, core(cppo.CPPO(delta=0.05, delta_b=0.01), batch, denominator=1.0)[0])
     assert not torch.equal(beside, driver.run(batch, driver.ours())[2])
 
 
@@ -47,7 +36,7 @@ def test_the_section_in_the_docstring_is_one():
     section = tomllib.loads(text)["trainer"]["loss"]
     assert section.pop("type") == "custom"
     found = driver.run(make_batch(), driver.CustomLossConfig(**section))[2]
-    close(found, core_gradient(cppo.CPPO(delta=0.15), make_batch()))
+    close(found, core(cppo.CPPO(delta=0.15), make_batch(), denominator=1.0)[0])
 
 
 def test_prime_rl_divides_once():
@@ -68,7 +57,7 @@ def test_a_weight_scales_its_token_and_none_is_judged_without_it(kl_tau):
     weights[2] = 0.0  # a whole response of another component
     found = driver.run(batch, driver.ours(kl_tau=kl_tau), rl_weights=weights)[2]
     members = dataclasses.replace(batch, mask=batch.mask & (weights != 0))
-    expected = core_gradient(cppo.CPPO(), members)
+    expected = core(cppo.CPPO(), members, denominator=1.0)[0]
     expected = expected + torch.where(members.mask, 2 * kl_tau * (batch.logp - batch.rollout_logp), 0.0)
     close(found, expected * weights)
 

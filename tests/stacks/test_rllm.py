@@ -10,26 +10,15 @@ import pytest
 import torch
 import yaml
 from drivers import rllm as driver
-from one_batch import make_batch
+from one_batch import SPECS, close, core, make_batch
 
 import cppo
 
 adapter = driver.adapter
-SPECS = ("cppo?delta=0.15", "cppo?budget=fixed&delta_b=0.02", "dppo?delta=0.1", "grpo", "gspo", "policy_gradient")
 BACKENDS = {"tinker": driver.run_tinker, "verl": driver.run_verl}
 PARAMS = {"method": "cppo", "delta": 0.05, "delta_b": 0.01}
 own_code = pytest.mark.skipif(driver.CHECKOUT is None, reason="CPPO_RLLM names no checkout")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def core_gradient(method, batch, **reduction):
-    leaf = batch.logp.clone().requires_grad_()
-    cppo.policy_loss(method, leaf, batch.rollout_logp, batch.advantages, batch.mask, **reduction).loss.backward()
-    return leaf.grad
-
-
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 @each_backend
@@ -39,7 +28,7 @@ def test_the_gradient_is_the_cores(spec, backend):
     for seed in range(3):
         batch = make_batch(seed)
         found = driver.gradient(spec, batch, backend)
-        close(found, core_gradient(method, batch, denominator=1.0))
+        close(found, core(method, batch, denominator=1.0)[0])
         assert (found[batch.mask] != 0).any()
 
 
@@ -47,7 +36,7 @@ def test_the_gradient_is_the_cores(spec, backend):
 def test_knobs_come_from_loss_params_and_rllms_own_are_passed_over(backend):
     batch, run = make_batch(), BACKENDS[backend]
     found = run(batch, PARAMS)[2]
-    close(found, core_gradient(cppo.CPPO(delta=0.05, delta_b=0.01), batch))
+    close(found, core(cppo.CPPO(delta=0.05, delta_b=0.01), batch)[0])
     assert not torch.equal(found, run(batch, {"method": "cppo"})[2])
     assert torch.equal(run(batch, PARAMS, eps_clip=0.01, eps_clip_high=0.5)[2], found)
 
@@ -67,13 +56,13 @@ def test_every_response_weighs_the_same_where_rllm_says_so(backend):
     # verl counts the row without a response.
     responses = {"tinker": None, "verl": float(len(batch.lengths))}[backend]
     method = cppo.CPPO(delta=0.05, delta_b=0.01)
-    close(found, core_gradient(method, batch, reduction="sequence-mean", denominator=responses))
+    close(found, core(method, batch, reduction="sequence-mean", denominator=responses)[0])
 
 
 def test_verl_divides_by_the_steps_tokens():
     batch = make_batch()
     found = driver.run_verl(batch, PARAMS, dp_size=4, tokens=1000)[2]
-    close(found, core_gradient(cppo.CPPO(delta=0.05, delta_b=0.01), batch, denominator=250.0))
+    close(found, core(cppo.CPPO(delta=0.05, delta_b=0.01), batch, denominator=250.0)[0])
 
 
 def test_verls_recomputed_policy_is_not_asked():
@@ -148,7 +137,7 @@ def test_the_section_in_the_docstring_is_one(backend):
     section = yaml.safe_load(text)["algorithm"]
     assert section["loss_plugins"] == ["cppo.adapters.rllm"]
     found = BACKENDS[backend](make_batch(), section["loss_params"], name=section["loss_fn"])[2]
-    close(found, core_gradient(cppo.CPPO(delta=0.15), make_batch()))
+    close(found, core(cppo.CPPO(delta=0.15), make_batch())[0])
 
 
 def test_the_name_cppo_is_the_same_loss_where_no_backend_has_one():

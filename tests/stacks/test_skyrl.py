@@ -13,6 +13,7 @@ import pytest
 import torch
 from drivers import skyrl as driver
 from drivers.skyrl import aligned_left, aligned_right, as_skyrl_has_it, main_base, registered, run_worker
+from one_batch import SPECS, core
 from skyrl.backends.skyrl_train.utils import ppo_utils
 from skyrl.backends.skyrl_train.workers.worker_utils import reduce_metrics
 from skyrl.train.config import SkyRLTrainConfig
@@ -20,33 +21,14 @@ from skyrl.train.config import SkyRLTrainConfig
 import cppo
 from cppo.adapters import skyrl as adapter
 
-SPECS = [
-    "cppo?delta=0.1&delta_b=0.01",
-    "cppo?delta=0.1&delta_b=0.01&divergence=binary_kl",
-    "dppo?delta=0.1",
-    "grpo",
-    "gspo",
-    "policy_gradient",
-]
 SPEC = SPECS[0]
-
-
-def method_of(spec):
-    return cppo.parse_method(spec) if "?" in spec else cppo.make_method(spec)
-
-
-def core_gradient(spec, batch, **reduction):
-    leaf = batch.logp.clone().requires_grad_()
-    out = cppo.policy_loss(method_of(spec), leaf, batch.rollout_logp, batch.advantages, batch.mask, **reduction)
-    out.loss.backward()
-    return leaf.grad, out
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_gradient_is_the_cores(spec):
     for seed in range(3):
         batch = one_batch.make_batch(seed)
-        expected, _ = core_gradient(spec, batch, denominator=1.0)
+        expected, _ = core(spec, batch, denominator=1.0)
         torch.testing.assert_close(driver.gradient(spec, batch), expected, rtol=1e-5, atol=1e-7)
     assert (expected != 0).any()
 
@@ -67,7 +49,7 @@ def test_every_reduction_is_skyrls_and_rejected_tokens_stay_in_it(reduction):
     leaf = aligned_right(batch.logp, batch.lengths).requires_grad_()
     with registered(SPEC):
         status = run_worker(SPEC, as_skyrl_has_it(batch, reduction), leaf)
-    expected, out = core_gradient(SPEC, batch, **REDUCTIONS[reduction])
+    expected, out = core(SPEC, batch, **REDUCTIONS[reduction])
     torch.testing.assert_close(aligned_left(leaf.grad, batch.lengths), expected, rtol=1e-5, atol=1e-8)
     assert status["policy_loss"] == pytest.approx(out.loss.item(), rel=1e-5)
     assert 0 < status["loss_metrics/gate/masked_fraction"] < 1
@@ -84,7 +66,7 @@ def test_micro_batches_sum_to_the_batch():
                 for field in dataclasses.fields(whole)
             }
             run_worker(SPEC, type(whole)(**cut), leaf[part])
-    expected, _ = core_gradient(SPEC, batch)
+    expected, _ = core(SPEC, batch)
     torch.testing.assert_close(aligned_left(leaf.grad, batch.lengths), expected, rtol=1e-5, atol=1e-8)
 
 
@@ -102,7 +84,7 @@ def test_padding_and_tool_tokens_may_hold_anything(junk):
             loss_mask=experience.loss_mask, rollout_logprobs=experience.rollout_logprobs,
         )  # fmt: skip
     loss.backward()
-    expected, out = core_gradient(SPEC, batch)
+    expected, out = core(SPEC, batch)
     torch.testing.assert_close(aligned_left(leaf.grad, batch.lengths), expected, rtol=1e-5, atol=1e-8)
     assert (leaf.grad[outside] == 0).all()
     assert loss.item() == pytest.approx(out.loss.item(), rel=1e-5)

@@ -13,30 +13,12 @@ import pytest
 import ranks
 import torch
 from drivers import slime as driver
+from one_batch import SPECS, core
 
 import cppo
 from cppo.adapters import slime as adapter
 
-SPECS = [
-    "cppo?delta=0.1&delta_b=0.01",
-    "cppo?delta=0.1&delta_b=0.01&divergence=binary_kl",
-    "dppo?delta=0.1",
-    "grpo",
-    "gspo",
-    "policy_gradient",
-]
 SPEC = SPECS[0]
-
-
-def method_of(spec):
-    return cppo.parse_method(spec) if "?" in spec else cppo.make_method(spec)
-
-
-def core(spec, batch, **reduction):
-    leaf = batch.logp.clone().requires_grad_()
-    out = cppo.policy_loss(method_of(spec), leaf, batch.rollout_logp, batch.advantages, batch.mask, **reduction)
-    out.loss.backward()
-    return leaf.grad, out
 
 
 def close(found, expected):

@@ -6,27 +6,11 @@ import inspect
 import pytest
 import torch
 from drivers import tinker as driver
-from one_batch import make_batch
+from one_batch import SPECS, close, core, make_batch
 from tinker import TensorData
 
 import cppo
 from cppo.adapters.tinker import loss_function
-
-SPECS = ("cppo?delta=0.15", "cppo?budget=fixed&delta_b=0.02", "dppo?delta=0.1", "grpo", "gspo", "policy_gradient")
-
-
-def core_gradient(method, batch):
-    leaf = batch.logp.clone().requires_grad_()
-    cppo.policy_loss(method, leaf, batch.rollout_logp, batch.advantages, batch.mask, denominator=1.0).loss.backward()
-    return leaf.grad
-
-
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-
-
-def method_of(spec):
-    return cppo.parse_method(spec) if "?" in spec else cppo.make_method(spec)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -34,7 +18,7 @@ def test_the_gradient_is_the_cores(spec):
     for seed in range(3):
         batch = make_batch(seed)
         found = driver.gradient(spec, batch)
-        close(found, core_gradient(method_of(spec), batch))
+        close(found, core(spec, batch, denominator=1.0)[0])
         assert (found[batch.mask] != 0).any()
 
 
@@ -51,7 +35,7 @@ def test_the_loss_is_a_sum_unless_a_denominator_is_given():
 def test_knobs_stand_beside_a_name_too():
     batch = make_batch()
     found = driver.run(batch, loss_function("cppo", delta=0.05, delta_b=0.01))[2]
-    close(found, core_gradient(cppo.CPPO(delta=0.05, delta_b=0.01), batch))
+    close(found, core(cppo.CPPO(delta=0.05, delta_b=0.01), batch, denominator=1.0)[0])
     assert not torch.equal(found, driver.gradient("cppo", batch))
     assert torch.equal(driver.run(batch, loss_function(cppo.CPPO(delta=0.05, delta_b=0.01)))[2], found)
 

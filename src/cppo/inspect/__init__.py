@@ -1,1 +1,1 @@
-"""Looking at a run: the rollout log format, plots, the report page."""
+"""Looking at a run: its rollout log read, judged again, summed up, and shown on a page or a terminal."""

@@ -122,8 +122,7 @@ def _unequal_signs(e: Evidence) -> Iterator[Finding]:
             "note", f"Tokens with a {more} advantage are rejected more often",
             f"{_percent(max(down_share, up_share))} of them, of those with a {less} one "
             f"{_percent(min(down_share, up_share))}. The net update leans the other way; compare a KL divergence, "
-            "which "
-            "weighs rare and common tokens otherwise.",
+            "which weighs rare and common tokens otherwise.",
             {"masked_positive": up_share, "masked_negative": down_share},
         )  # fmt: skip
 
@@ -159,11 +158,9 @@ def _truncated_sampler(e: Evidence) -> Iterator[Finding]:
         yield Finding(
             "problem", "The sampler was truncated",
             f"In the first update {_percent(below)} of the tokens are likelier under the sampler than under the "
-            "policy, "
-            f"by a factor of {np.exp(-shift):.3f}: top-p, top-k or min-p kept about "
-            f"{_percent(float(np.exp(shift)))} of the "
-            "probability mass and divided by it. Sample without truncation, or the drift is wrong by that much "
-            "everywhere.",
+            f"policy, by a factor of {np.exp(-shift):.3f}: top-p, top-k or min-p kept about "
+            f"{_percent(float(np.exp(shift)))} of the probability mass and divided by it. Sample without truncation, "
+            "or the drift is wrong by that much everywhere.",
             {"below_sampler": below, "kept_mass": float(np.exp(shift))},
         )  # fmt: skip
 
@@ -176,8 +173,7 @@ def _engine_mismatch(e: Evidence) -> Iterator[Finding]:
             "problem" if error > 0.1 else "warning", "Sampler and trainer disagree from the start",
             f"In the first update |pi - mu| is {gap:.2g} on average and {tail:.2g} in the largest tenth, the relative "
             f"log-prob error {error:.3f} (the paper's runs: 0.02 to 0.08). Before any drift that is the engines' "
-            "mismatch: "
-            "other numerics, a quantised sampler, stale weights, another temperature.",
+            "mismatch: other numerics, a quantised sampler, stale weights, another temperature.",
             {"probability_gap": gap, "probability_gap_tail": tail, "relative_log_prob_error": error},
         )  # fmt: skip
 
@@ -234,8 +230,7 @@ def _early_drift(e: Evidence) -> Iterator[Finding]:
         yield Finding(
             "note", "The drift sits at the beginning of the responses",
             f"|pi - mu| is {early:.2g} in the first quarter and {rest:.2g} after it. Every later token is "
-            "conditioned on "
-            "these; a position weight (CPPO's w_min below 1) is strict there.",
+            "conditioned on these; a position weight (CPPO's w_min below 1) is strict there.",
             {"first_quarter": early, "rest": rest},
         )  # fmt: skip
 
@@ -246,8 +241,7 @@ def _no_signal(e: Evidence) -> Iterator[Finding]:
         yield Finding(
             "warning", f"{_percent(share)} of the responses have advantage 0",
             "Their groups got one reward each: all solved or all failed. They teach nothing and stay in the "
-            "denominator; "
-            "sample other problems, or leave such groups out.",
+            "denominator; sample other problems, or leave such groups out.",
             {"no_advantage": share},
         )  # fmt: skip
 
@@ -261,8 +255,7 @@ def _one_response(e: Evidence) -> Iterator[Finding]:
         yield Finding(
             "warning", "One response dominates an update",
             f"In update {step} a single response has {_percent(float(crowded.max()))} of the gradient's weight: "
-            "very long, or "
-            "with ratios that nothing caps.",
+            "very long, or with ratios that nothing caps.",
             {"largest_response": float(crowded.max()), "update": float(step)},
         )  # fmt: skip
 

@@ -37,7 +37,7 @@ class Gaps:
 
     def mean(self) -> NDArray[np.float64]:
         """Return each row's mean; NaN where it is empty."""
-        return _divide(self.sums.sum(1), self.counts.sum(1))
+        return divide(self.sums.sum(1), self.counts.sum(1))
 
     def tail(self) -> NDArray[np.float64]:
         """Return the mean of each row's largest tenth, exact but for the cell in which the tenth begins."""
@@ -45,8 +45,8 @@ class Gaps:
         from_top = np.cumsum(self.counts[:, ::-1], 1)
         before = from_top - self.counts[:, ::-1]
         taken = np.clip(wanted[:, None] - before, 0, self.counts[:, ::-1])
-        means = _divide(self.sums[:, ::-1], self.counts[:, ::-1], empty=0.0)
-        return _divide((taken * means).sum(1), wanted)
+        means = divide(self.sums[:, ::-1], self.counts[:, ::-1], empty=0.0)
+        return divide((taken * means).sum(1), wanted)
 
 
 # Sums over the response tokens of an update.
@@ -129,7 +129,7 @@ class Measures:
         rows, steps = len(chunk.lengths), len(self.steps)
         written = np.bincount(response_at, minlength=rows)
         used = written > 0
-        gap = np.abs(_divide(np.bincount(response_at, log_ratio, minlength=rows), written, empty=0.0))
+        gap = np.abs(divide(np.bincount(response_at, log_ratio, minlength=rows), written, empty=0.0))
         rewarded = np.isfinite(chunk.reward)
         for name, value in {
             "responses": used, "reward": np.where(rewarded, chunk.reward, 0.0), "rewarded": rewarded,
@@ -145,24 +145,25 @@ class Measures:
         s = self.sums
         tokens, responses = s["tokens"], s["responses"]
         return {
-            "reward": _divide(s["reward"], s["rewarded"]),
-            "length": _divide(s["written"], responses),
-            "no_advantage": _divide(s["no_advantage"], responses),
+            "reward": divide(s["reward"], s["rewarded"]),
+            "length": divide(s["written"], responses),
+            "no_advantage": divide(s["no_advantage"], responses),
             "probability_gap": self.by_step.mean(),
             "probability_gap_tail": self.by_step.tail(),
-            "relative_log_prob_error": _divide(s["distance"], s["surprise"]),
-            "log_perplexity_gap": _divide(s["perplexity_gap"], responses),
-            "mean_log_ratio": _divide(s["log_ratio"], tokens),
-            "kl_k3": _divide(s["k3"], tokens),
-            "chi_squared": _divide(s["ratio_squared"], tokens) - 1,
-            "effective_sample_size": _divide(s["ratio"] ** 2, tokens * s["ratio_squared"]),
-            "equal_log_probs": _divide(s["equal"], s["uncertain"]),
-            "below_sampler": _divide(s["below"], tokens),
-            "largest_response": _divide(self.largest_weight, self.total_weight),
+            "relative_log_prob_error": divide(s["distance"], s["surprise"]),
+            "log_perplexity_gap": divide(s["perplexity_gap"], responses),
+            "mean_log_ratio": divide(s["log_ratio"], tokens),
+            "kl_k3": divide(s["k3"], tokens),
+            "chi_squared": divide(s["ratio_squared"], tokens) - 1,
+            "effective_sample_size": divide(s["ratio"] ** 2, tokens * s["ratio_squared"]),
+            "equal_log_probs": divide(s["equal"], s["uncertain"]),
+            "below_sampler": divide(s["below"], tokens),
+            "largest_response": divide(self.largest_weight, self.total_weight),
         }
 
 
-def _divide(top: NDArray[Any], bottom: NDArray[Any], *, empty: float = float("nan")) -> NDArray[np.float64]:
+def divide(top: NDArray[Any], bottom: NDArray[Any], *, empty: float = float("nan")) -> NDArray[np.float64]:
+    """Return top / bottom, and ``empty`` where there is nothing to divide by."""
     out = np.full(np.shape(top), empty)
     np.divide(top, bottom, out=out, where=np.asarray(bottom) > 0)
     return out

@@ -34,7 +34,7 @@ def write_page(path: Path, document: dict[str, Any], training: list[dict[str, An
     parts = scripts | {
         "style": _asset("page.css"),
         "policy": _policy(list(scripts.values())),
-        "title": html.escape(printable(names) or ""),
+        "title": html.escape(printable(names)),
         "data": _as_json(document | {"training": training or []}),
     }
     # One pass over the template alone: what is put in is not searched.

@@ -103,12 +103,11 @@ class Log:
                 raise ValueError(f"{path}: expected *.parquet in it or in its rollouts/, found none")
         else:
             raise ValueError(f"{path}: expected a run's folder, a folder of parquet files or a parquet file")
-        rows = 0
-        for file in files:
-            rows += _look_at(file)
+        looks = [_look_at(file) for file in files]
+        rows = sum(count for count, _ in looks)
         if not rows:
             raise ValueError(f"{path}: expected responses, found none in {len(files)} file(s)")
-        methods = {_method_of(file) for file in files}
+        methods = {method for _, method in looks}
         # Of several none is the log's: the user names one.
         return Log(name, tuple(files), rows, methods.pop() if len(methods) == 1 else None)
 
@@ -146,12 +145,6 @@ def _opened(file: Path) -> pq.ParquetFile:
         raise ValueError(f"{file}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
 
 
-def _method_of(file: Path) -> str | None:
-    with _opened(file) as parquet:
-        method = (parquet.schema_arrow.metadata or {}).get(b"cppo.method")
-    return None if method is None else method.decode(errors="replace")
-
-
 def _batches(file: Path, parquet: pq.ParquetFile, rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
     try:
         yield from parquet.iter_batches(batch_size=rows, columns=columns)
@@ -159,8 +152,8 @@ def _batches(file: Path, parquet: pq.ParquetFile, rows: int, columns: list[str])
         raise ValueError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def _look_at(file: Path) -> int:
-    """Check one file's schema; return its rows."""
+def _look_at(file: Path) -> tuple[int, str | None]:
+    """Check one file's schema; return its rows, and the method that judged them, if it says so."""
     with _opened(file) as parquet:
         found = parquet.schema_arrow
         version = (found.metadata or {}).get(b"cppo.rollout_log")
@@ -179,11 +172,12 @@ def _look_at(file: Path) -> int:
                 raise ValueError(
                     f"{file}, column {wanted.name!r}: expected {wanted.type}, got {found.field(wanted.name).type}"
                 )
-        return int(parquet.metadata.num_rows)
+        method = (found.metadata or {}).get(b"cppo.method")
+        return int(parquet.metadata.num_rows), None if method is None else method.decode(errors="replace")
 
 
 def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
-    """Return whether a column can be read as the documented type: any width of number, any kind of list."""
+    """Return whether a column can be read as the documented type: any width of number, a list of either size."""
     if pa.types.is_list(wanted):
         is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
         return bool(is_list and _fits(found.value_type, wanted.value_type))

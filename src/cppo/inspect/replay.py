@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cppo.decision import Decision
-from cppo.inspect.reading import Chunk, Log
+from cppo.inspect.reading import Chunk
 from cppo.methods import Method, needed_inputs, parse_method
 from cppo.objective import decide
-from cppo.rules import PREFIX_BUDGET, TOKEN_THRESHOLD
 
 BINS = 24  # of relative position in the response
-_CAUSES = (TOKEN_THRESHOLD, PREFIX_BUDGET)
 
 
 def decide_chunk(method: Method, chunk: Chunk) -> Decision:
@@ -65,9 +63,8 @@ class Judged:
     counts: NDArray[np.int64]
     # By sign of the advantage (-, 0, +): tokens and rejected ones.
     signs: NDArray[np.int64]
-    # Sums of k |A| and of rho |A| by step: the gradient's weight that is left, of that without a trust region.
-    weight: NDArray[np.float64]
-    unmasked_weight: NDArray[np.float64]
+    weight: NDArray[np.float64]  # sums of k |A| by step: what is left of the gradient's weight
+    unmasked_weight: NDArray[np.float64]  # sums of rho |A|: that without a trust region, the same of every method
     delta_b: NDArray[np.float64]  # sums over responses by step, and how many; zeros for a method without
     differs: int = 0  # tokens that the run's own method judges otherwise
 
@@ -98,10 +95,11 @@ class Replay:
     def __init__(self, specs: Sequence[str], steps: Sequence[int]) -> None:
         self._place = {step: index for index, step in enumerate(steps)}
         shape = (len(steps), BINS, 4)
+        self._unmasked_weight = np.zeros(len(steps))
         self.judged = [
             Judged(
                 spec, parse_method(spec), np.zeros(shape, np.int64), np.zeros((3, 2), np.int64),
-                np.zeros(len(steps)), np.zeros(len(steps)), np.zeros((len(steps), 2)),
+                np.zeros(len(steps)), self._unmasked_weight, np.zeros((len(steps), 2)),
             )
             for spec in specs
         ]  # fmt: skip
@@ -118,7 +116,8 @@ class Replay:
         sign = np.sign(advantage).astype(np.int64) + 1
         kept = torch.from_numpy(mask)
         log_ratio = np.clip(chunk.logp[mask].astype(np.float64) - chunk.rollout_logp[mask], -20, 20)
-        plain = np.where(np.isfinite(log_ratio), np.exp(log_ratio), 0.0) * np.abs(advantage)
+        plain = np.exp(log_ratio) * np.abs(advantage)
+        self._unmasked_weight += np.bincount(token_place, plain, minlength=len(self._place))
         own: Decision | None = None
         own_codes: NDArray[Any] | None = None
         for judged in self.judged:
@@ -129,7 +128,6 @@ class Replay:
             judged.signs += np.stack([pairs.sum(1), pairs[:, 1]], 1)
             left = np.abs(_numpy(decision.coefficient, kept)) * np.abs(advantage)
             judged.weight += np.bincount(token_place, left, minlength=len(self._place))
-            judged.unmasked_weight += np.bincount(token_place, plain, minlength=len(self._place))
             if decision.trace.delta_b is not None:
                 used = np.bincount(response[mask], minlength=len(chunk.lengths)) > 0
                 budget = decision.trace.delta_b.numpy()[used]
@@ -145,19 +143,3 @@ class Replay:
 
 def _numpy(values: Tensor, kept: Tensor) -> NDArray[Any]:
     return values[kept].numpy()
-
-
-def replay(log: Log, specs: Sequence[str], *, progress: Callable[[int], None] = lambda responses: None) -> Replay:
-    """Judge a whole log by several methods.
-
-    Args:
-        log: the log.
-        specs: methods; the first is the run's own.
-        progress: called with the number of responses judged since the last call.
-    """
-    steps = sorted({int(step) for chunk in log.chunks() for step in chunk.step})
-    found = Replay(specs, steps)
-    for chunk in log.chunks():
-        found.add(chunk)
-        progress(len(chunk.lengths))
-    return found

@@ -8,7 +8,7 @@ from typing import Any
 
 from cppo.inspect.reading import Log
 from cppo.inspect.statement import TokenTexts
-from cppo.inspect.summary import BESIDE, FORMAT, own_method, summarise
+from cppo.inspect.summary import BESIDE, FORMAT, summarise
 from cppo.methods import parse_method
 
 
@@ -48,7 +48,7 @@ def inspect_runs(
 
 def _opened(path: Path, own: str | None) -> tuple[Log, str]:
     log = Log.open(path)
-    method = own or own_method(path, log)
+    method = own or _own_method(path, log)
     if method is None:
         raise ValueError(f"{path}: expected to find the method that the run used, found none; name it with --method")
     try:
@@ -60,6 +60,21 @@ def _opened(path: Path, own: str | None) -> tuple[Log, str]:
             f"{path}: names the method {method[:80]!r}, which is none ({str(error)[:200]}); name it with --method"
         ) from None
     return log, method
+
+
+def _own_method(path: Path, log: Log) -> str | None:
+    """Return the method that judged a log: what a ``cppo train`` run's folder says, else what the log itself does."""
+    import yaml
+
+    file = path / "config.yaml"
+    if not file.is_file():
+        return log.method
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return log.method
+    method = config.get("method") if isinstance(config, dict) else None
+    return method if isinstance(method, str) else log.method
 
 
 def _free(name: str, taken: set[str]) -> str:

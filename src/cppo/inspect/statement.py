@@ -16,7 +16,6 @@ from cppo.inspect.replay import decide_chunk
 from cppo.methods import Method
 from cppo.printable import printable
 
-RULES = ("kept", "token threshold", "prefix budget", "other rule")
 _TRACE = ("position_weight", "divergence", "weighted_divergence", "prior_account", "threshold")
 
 
@@ -50,8 +49,8 @@ def statement(one: Chunk, methods: dict[str, Method], texts: TokenTexts | None, 
         "step": int(one.step[0]),
         "reward": number(one.reward[0]),
         "advantage": number(one.advantage[0]),
-        "prompt": printable(one.prompt[0]),
-        "response": printable(one.response[0]),
+        "prompt": None if one.prompt[0] is None else printable(one.prompt[0]),
+        "response": None if one.response[0] is None else printable(one.response[0]),
         "tokens": None if tokens is None else [printable(token) for token in tokens],
         "token_ids": one.token_ids[:limit].tolist(),
         "logp": numbers(one.logp[:limit]),

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cppo.inspect.advice import Evidence, as_dict, findings
-from cppo.inspect.measures import Measures
-from cppo.inspect.reading import Chunk, Log, join, take
-from cppo.inspect.replay import BINS, Judged, Replay, decide_chunk, replayable
+from cppo.inspect.examples import SHOWN_TOKENS, RejectedTokens, Shown
+from cppo.inspect.measures import Measures, divide
+from cppo.inspect.reading import Log
+from cppo.inspect.replay import BINS, Judged, Replay, replayable
 from cppo.inspect.statement import TokenTexts, number, numbers, statement
+from cppo.inspect.thresholds import Sample, suggest
 from cppo.methods import CPPO, Method, method_name, parse_method
 from cppo.printable import printable
 
@@ -23,12 +23,6 @@ FORMAT = 1
 BESIDE = (
     "cppo", "dppo", "ipo", "trm", "trm_max", "trm_avg", "grpo", "minpro", "gspo", "sapo", "cispo", "policy_gradient",
 )  # fmt: skip
-_SAMPLE_TOKENS = 40_000  # of which thresholds are suggested
-_REJECTED_TOKENS = 20  # listed
-_SHOWN_TOKENS = 20_000  # of all responses that are shown whole
-_DELTAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
-_BUDGETS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05)
-_PAPER = {"delta": 0.15, "delta_b": 0.02, "w_min": 0.8}
 
 
 def summarise(
@@ -64,7 +58,7 @@ def summarise(
     if reason is not None:
         raise ValueError(f"method={own!r}: {reason}; expected a method that can judge it, such as cppo")
     replayed, measures = Replay(specs, steps), Measures(steps)
-    shown, sample, rejected = _Shown(responses), _Sample(written), _RejectedTokens()
+    shown, sample, rejected = Shown(responses), Sample(written), RejectedTokens()
     for chunk in log.chunks(texts=True):
         decision = replayed.add(chunk)
         coefficient = np.abs(decision.coefficient.numpy().astype(np.float64))
@@ -100,7 +94,7 @@ def summarise(
         "findings": [
             as_dict(f) for f in findings(Evidence(series, measures, judged[0], suggestion["token_delta"], wanted))
         ],
-        "examples": [statement(one, methods, texts, _SHOWN_TOKENS) | {"why": why} for why, one in shown.chosen()],
+        "examples": [statement(one, methods, texts, SHOWN_TOKENS) | {"why": why} for why, one in shown.chosen()],
     }
 
 
@@ -144,7 +138,9 @@ def _method_entry(item: Judged, own: Judged) -> dict[str, Any]:
         "differs": number(item.differs / tokens) if item is not own else 0.0,
         "masked_by_step": numbers(_share(by_step)),
         "budget_by_step": numbers(by_step[:, 2] / np.maximum(1, by_step.sum(1))),
-        "delta_b_by_step": numbers(_mean_budget(item.delta_b)) if item.delta_b[:, 1].any() else None,
+        "delta_b_by_step": numbers(divide(item.delta_b[:, 0], item.delta_b[:, 1]))
+        if item.delta_b[:, 1].any()
+        else None,
         "masked_by_position": numbers(_share(by_bin)),
         "budget_by_position": numbers(by_bin[:, 2] / np.maximum(1, by_bin.sum(1))),
     }
@@ -152,183 +148,3 @@ def _method_entry(item: Judged, own: Judged) -> dict[str, Any]:
 
 def _share(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.asarray(counts[:, 1:].sum(1) / np.maximum(1, counts.sum(1)))
-
-
-def _mean_budget(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    out = np.full(len(sums), np.nan)
-    np.divide(sums[:, 0], sums[:, 1], out=out, where=sums[:, 1] > 0)
-    return out
-
-
-class _Sample:
-    """Every k-th response of a log, about ``_SAMPLE_TOKENS`` tokens in all."""
-
-    def __init__(self, tokens: int) -> None:
-        self._chunks: list[Chunk] = []
-        self._every, self._seen = max(1, round(tokens / _SAMPLE_TOKENS)), 0
-
-    def add(self, chunk: Chunk) -> None:
-        rows = [row for row in range(len(chunk.lengths)) if (self._seen + row) % self._every == 0]
-        self._seen += len(chunk.lengths)
-        if rows:
-            self._chunks.append(take(chunk, rows))
-
-    def chunk(self) -> Chunk:
-        """Return the sample."""
-        return join(self._chunks)
-
-
-class _RejectedTokens:
-    """How often each token was written, and rejected by the run's own method."""
-
-    def __init__(self) -> None:
-        self._counts: dict[int, list[int]] = {}
-
-    def add(self, chunk: Chunk, codes: NDArray[np.int8]) -> None:
-        ids, place = np.unique(chunk.token_ids[chunk.response_mask], return_inverse=True)
-        rejected = np.bincount(place, codes[chunk.response_mask] > 0, minlength=len(ids))
-        columns = (ids, np.bincount(place, minlength=len(ids)), rejected)
-        for token, count, gone in zip(*(column.tolist() for column in columns), strict=True):
-            entry = self._counts.setdefault(token, [0, 0])
-            entry[0] += count
-            entry[1] += int(gone)
-
-    def most(self, texts: TokenTexts | None) -> list[dict[str, Any]]:
-        """Return the tokens rejected most often, and their texts where they can be had."""
-        order = sorted(self._counts.items(), key=lambda item: (-item[1][1], item[0]))
-        return [
-            {
-                "id": token, "text": None if texts is None else printable("".join(texts([token]))),
-                "count": count, "rejected": gone,
-            }
-            for token, (count, gone) in order[:_REJECTED_TOKENS]
-            if gone
-        ]  # fmt: skip
-
-
-class _Shown:
-    """The responses that are worth a look: the most rejected, those that drifted most, and some at even distances."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._heaps: dict[str, list[tuple[float, int, Chunk]]] = {"most rejected": [], "largest drift": []}
-        self._even: list[tuple[int, Chunk]] = []
-        self._seen = 0
-
-    def add(self, chunk: Chunk, codes: NDArray[np.int8]) -> None:
-        response = np.repeat(np.arange(len(chunk.lengths)), chunk.lengths)
-        rejected = np.bincount(response, (codes > 0) & chunk.response_mask, minlength=len(chunk.lengths))
-        gap = np.abs(np.exp(np.minimum(chunk.logp, 0)) - np.exp(np.minimum(chunk.rollout_logp, 0)))
-        drift = np.bincount(response, np.nan_to_num(gap) * chunk.response_mask, minlength=len(chunk.lengths))
-        for why, scores in (("most rejected", rejected), ("largest drift", drift)):
-            heap, room = self._heaps[why], max(1, self._count // 4)
-            for row in np.argsort(-scores)[:room].tolist():
-                entry = (float(scores[row]), -(self._seen + row))
-                if entry[0] > 0 and (len(heap) < room or entry > heap[0][:2]):
-                    heapq.heappush(heap, (*entry, take(chunk, [row])))
-                    if len(heap) > room:
-                        heapq.heappop(heap)
-        for row in range(len(chunk.lengths)):
-            # Keep every second of those kept once there are too many: at even distances in the end.
-            self._even.append((self._seen + row, take(chunk, [row]))) if self._due(self._seen + row) else None
-        self._seen += len(chunk.lengths)
-
-    _stride = 1
-
-    def _due(self, index: int) -> bool:
-        if len(self._even) >= 2 * max(1, self._count // 2):
-            self._even, self._stride = self._even[::2], 2 * self._stride
-        return index % self._stride == 0
-
-    def chosen(self) -> list[tuple[str, Chunk]]:
-        """Return (why, response), each response once."""
-        found: dict[int, tuple[str, Chunk]] = {}
-        for why, heap in self._heaps.items():
-            for _, index, one in sorted(heap, key=lambda entry: entry[:2], reverse=True):
-                found.setdefault(-index, (why, one))
-        for index, one in self._even[: max(1, self._count // 2)]:
-            found.setdefault(index, ("at even distances", one))
-        chosen, room = list(found.values()), _SHOWN_TOKENS
-        # Of each kind in turn, so that long responses of one do not push out the others.
-        chosen = [one for _, one in sorted(_numbered(chosen), key=lambda entry: entry[0])]
-        return [one for place, one in enumerate(chosen) if (room := room - len(one[1].token_ids)) >= 0 or place == 0]
-
-
-def _numbered(chosen: list[tuple[str, Chunk]]) -> list[tuple[int, tuple[str, Chunk]]]:
-    """Return each response with its place among those chosen for the same reason."""
-    seen: dict[str, int] = {}
-    numbered = []
-    for one in chosen:
-        seen[one[0]] = seen.get(one[0], -1) + 1
-        numbered.append((seen[one[0]], one))
-    return numbered
-
-
-def suggest(sample: Chunk, method: Method, wanted: float) -> dict[str, Any]:
-    """Return thresholds of CPPO under which a wanted share of these tokens would be masked, and a grid around them.
-
-    Half of the share is left to the token rule, half to the prefix budget.
-
-    Args:
-        sample: responses.
-        method: the run's own; its divergence and w_min are kept, if it is CPPO.
-        wanted: the masked share, in (0, 1).
-    """
-    base: dict[str, Any] = {"divergence": getattr(method, "divergence", "binary_tv")}
-    if base["divergence"] not in ("binary_tv", "binary_kl", "topk_tv", "topk_kl"):
-        base["divergence"] = "binary_tv"
-    if isinstance(method, CPPO):
-        base |= {
-            "w_min": method.w_min,
-            "position": method.position,
-            "budget": method.budget if method.budget != "none" else "adaptive",
-        }
-    decision = decide_chunk(CPPO(**base, delta=1e15), sample)
-    usable = decision.batch.tokens().usable.numpy()
-    outward = usable & (decision.batch.advantages * decision.batch.tokens().log_ratio > 0).numpy()
-    assert decision.trace.weighted_divergence is not None
-    values = np.sort(decision.trace.weighted_divergence.numpy()[outward])[::-1]
-    tokens = int(sample.response_mask.sum())
-
-    def delta_for(share: float) -> float | None:
-        rank = int(share * tokens)
-        return float(values[rank]) if rank < len(values) and values[rank] > 0 else None
-
-    def masked(delta: float, delta_b: float) -> float:
-        codes = decide_chunk(CPPO(**base, delta=delta, delta_b=delta_b), sample).rejected_by.numpy()
-        return float((codes[sample.response_mask] > 0).sum() / max(1, tokens))
-
-    delta, delta_b = delta_for(wanted / 2), None
-    if delta is not None:
-        low, high = 0.0, delta
-        for _ in range(12):  # the masked share falls as the budget grows
-            middle = (low + high) / 2
-            low, high = (middle, high) if masked(delta, middle) > wanted else (low, middle)
-        delta_b = high
-    grid = [[masked(d, b) for b in _BUDGETS] for d in _DELTAS] if tokens else []
-    return {
-        "wanted": wanted,
-        "settings": base,
-        "token_delta": number(delta_for(wanted)) if delta_for(wanted) is not None else None,
-        "delta": None if delta is None else number(delta),
-        "delta_b": None if delta_b is None else number(delta_b),
-        "masked": None if delta is None or delta_b is None else number(masked(delta, delta_b)),
-        "paper": _PAPER | {"masked": number(masked(_PAPER["delta"], _PAPER["delta_b"])) if tokens else None},
-        "grid": {"delta": list(_DELTAS), "delta_b": list(_BUDGETS), "masked": [numbers(np.array(r)) for r in grid]},
-        "tokens": tokens,
-    }
-
-
-def own_method(path: Path, log: Log) -> str | None:
-    """Return the method that judged a log: what a ``cppo train`` run's folder says, else what the log itself does."""
-    import yaml
-
-    file = path / "config.yaml"
-    if not file.is_file():
-        return log.method
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return log.method
-    method = config.get("method") if isinstance(config, dict) else None
-    return method if isinstance(method, str) else log.method

@@ -28,7 +28,7 @@ def print_document(document: dict[str, Any], console: Console) -> None:
         console.print()
         for finding in run["findings"]:
             console.print(Text(f"{finding['level']}: {finding['title']}", style=_STYLES[finding["level"]]))
-            console.print(Text(printable(finding["text"]) or ""))
+            console.print(Text(printable(finding["text"])))
             console.print()
         if not run["findings"]:
             console.print(Text("Nothing stands out.\n"))
@@ -76,6 +76,5 @@ def _suggestion(found: dict[str, Any]) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
     return (
         f"To mask {found['wanted']:.1%} of these tokens, half of them by the prefix budget: delta "
-        f"{found['delta']:.3g}, "
-        f"delta_b {found['delta_b']:.3g} ({settings}). {beside}"
+        f"{found['delta']:.3g}, delta_b {found['delta_b']:.3g} ({settings}). {beside}"
     )

@@ -104,7 +104,7 @@ def present(named):
                 sys.modules[name] = module
 
 
-def _package(name, **content):
+def package(name, **content):
     module = types.ModuleType(name)
     module.__path__ = []
     vars(module).update(content)
@@ -116,13 +116,13 @@ def _modules():
     configs = (CustomLossConfig, DefaultLossConfig, IPOLossConfig)
     names = {kind.__name__: kind for kind in configs} | {"LossConfig": CustomLossConfig | DefaultLossConfig}
     found = {
-        "prime_rl": _package("prime_rl"),
-        "prime_rl.configs": _package("prime_rl.configs"),
-        "prime_rl.configs.trainer": _package("prime_rl.configs.trainer", **names),
-        "prime_rl.utils": _package("prime_rl.utils"),
-        "prime_rl.utils.utils": _package("prime_rl.utils.utils", import_object=import_object),
-        "prime_rl.trainer": _package("prime_rl.trainer"),
-        "prime_rl.trainer.rl": _package("prime_rl.trainer.rl"),
+        "prime_rl": package("prime_rl"),
+        "prime_rl.configs": package("prime_rl.configs"),
+        "prime_rl.configs.trainer": package("prime_rl.configs.trainer", **names),
+        "prime_rl.utils": package("prime_rl.utils"),
+        "prime_rl.utils.utils": package("prime_rl.utils.utils", import_object=import_object),
+        "prime_rl.trainer": package("prime_rl.trainer"),
+        "prime_rl.trainer.rl": package("prime_rl.trainer.rl"),
     }
     name = "prime_rl.trainer.rl.loss"
     if CHECKOUT is None:
