@@ -18,7 +18,8 @@ the method that judged the rows, where the writer knew it, as ``name?knob=value`
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class RolloutWriter:
     def __init__(self, folder: Path, argument: str) -> None:
         self._folder, self._argument = Path(folder), argument
         self.method: str | None = None  # what judged the rows, where that is known
-        self._found = sorted(self._folder.glob("step-*.parquet"))  # an earlier run's, or this one's before it resumed
+        self._found = in_order(self._folder.glob("step-*.parquet"))  # an earlier run's, or this one's before it resumed
         self._rows: list[dict[str, Any]] = []
 
     def add(self, rows: list[dict[str, Any]]) -> None:
@@ -88,7 +89,7 @@ class RolloutWriter:
         if not self._rows:
             return
         name = f"step-{step:06d}"
-        if self._found and self._found[-1].name >= name:
+        if self._found and in_order([self._found[-1], Path(name)])[-1] == self._found[-1]:
             raise ValueError(
                 f"{self._argument}={str(self._folder)!r}: expected a folder without update {step}, found "
                 f"{self._found[-1].name}; name another one"
@@ -116,9 +117,19 @@ class RolloutWriter:
         return self._rows
 
 
+def in_order(files: Iterable[Path]) -> list[Path]:
+    """Return files in the order of their names, numbers in them by size: 9.parquet before 10.parquet."""
+
+    def key(file: Path) -> tuple[list[str | int], str]:
+        parts = re.split(r"([0-9]+)", file.name)  # text and number in turn
+        return [int(part) if place % 2 else part for place, part in enumerate(parts)], file.name
+
+    return sorted(files, key=key)
+
+
 def read_rollouts(folder: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """Yield the rows of every ``*.parquet`` in a folder, in the order of the file names, in bounded memory."""
-    for path in sorted(folder.glob("*.parquet")):
+    for path in in_order(folder.glob("*.parquet")):
         try:
             file = pq.ParquetFile(path)
         except pa.ArrowInvalid as error:

@@ -63,7 +63,7 @@ def make_run(name="first", *, steps=12, examples=None, hostile=""):
         "series": {key: [0.1 + 0.01 * index for index in range(steps - 1)] + [None] for key in names},
         "positions": {
             "mean": [0.01] * 24, "tail": [0.1] * 24, "tokens": [50] * 24,
-            "allowance": [0.05 + 0.001 * index for index in range(24)],
+            "allowance": [0.05 + 0.001 * index for index in range(24)], "allowance_note": None,
         },
         "methods": [
             make_method(SPECS[0], steps=steps, budget=0.032162), make_method(SPECS[1], steps=steps, shift=0.05),

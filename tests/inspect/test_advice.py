@@ -2,6 +2,7 @@
 
 import math
 import random
+from urllib.parse import parse_qsl
 
 import pytest
 from logs import make_row, make_rows, write_log
@@ -67,6 +68,13 @@ def test_a_truncated_sampler(tmp_path):
     rows = [row | {"rollout_logp": [min(0.0, p - math.log(kept)) for p in row["logp"]]} for row in healthy()]
     finding = titles(tmp_path, rows)["The sampler was truncated"]
     assert finding["numbers"]["kept_mass"] == pytest.approx(kept, abs=0.03)
+
+
+def test_a_few_tokens_say_nothing_of_a_truncated_sampler(tmp_path):
+    rows = [row | {"rollout_logp": [min(0.0, p + 0.1) for p in row["logp"]]} for row in healthy(steps=2)]
+    few = [*rows[:3], *rows[8:]]
+    assert "The sampler was truncated" in titles(tmp_path / "all", rows)
+    assert "The sampler was truncated" not in titles(tmp_path / "few", few)
 
 
 def test_engines_that_disagree_at_the_first_update(tmp_path):
@@ -152,6 +160,38 @@ def test_suggested_thresholds_mask_what_was_wanted(tmp_path, wanted):
     masked = summarise(Log.open(tmp_path), spec, beside=())["methods"][0]["masked"]
     assert masked == pytest.approx(wanted, rel=0.15)
     assert suggestion["masked"] == pytest.approx(masked, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["position=shuffled&shuffle_seed=7&w_min=0.2", "gate=soft&ratio_cap=2.5", "budget=fixed&position=uniform"],
+)
+def test_suggested_thresholds_are_for_the_runs_own_settings(tmp_path, settings):
+    rows = healthy(drift=0.4)
+    log = Log.open(write_log(tmp_path, rows))
+    found = summarise(log, f"cppo?{settings}", beside=(), wanted=0.1)["suggestion"]
+    spec = f"cppo?{settings}&delta={found['delta']}&delta_b={found['delta_b']}"
+    assert summarise(log, spec, beside=())["methods"][0]["masked"] == pytest.approx(found["masked"], rel=1e-5)
+    for name, value in parse_qsl(settings):
+        assert str(found["settings"][name]) == value
+    assert {"divergence", "w_min", "position", "budget"} <= set(found["settings"])
+
+
+def test_an_allowance_is_drawn_where_it_follows_from_the_position(tmp_path):
+    log = Log.open(write_log(tmp_path, healthy()))
+
+    def positions(spec):
+        return summarise(log, spec, beside=())["positions"]
+
+    linear = positions("cppo?delta=0.1&w_min=0.5")
+    assert linear["allowance"][0] == pytest.approx(0.1 / (1 - 0.5 * 0.5 / 24), rel=1e-5)
+    assert linear["allowance_note"] is None
+    for spec in ("dppo?delta=0.1", "cppo?delta=0.1&position=uniform"):
+        assert set(positions(spec)["allowance"]) == {0.1}
+    shuffled = positions("cppo?delta=0.1&w_min=0.5&position=shuffled")
+    assert shuffled["allowance"] is None
+    assert "between 0.1 and 0.2 at any position" in shuffled["allowance_note"]
+    assert positions("dppo?divergence=binary_kl")["allowance"] is None  # no |pi - mu|
 
 
 def test_the_grid_is_what_these_thresholds_mask(tmp_path):

@@ -1,5 +1,6 @@
 """``cppo inspect`` as a user meets it: a summary, JSON, a page, and one line for what cannot be."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,8 +8,11 @@ import sys
 
 import pytest
 from logs import make_rows, write_log
+from rich.console import Console
 
 from cppo.inspect.runs import inspect_runs
+from cppo.inspect.terminal import print_document
+from cppo.printable import printable
 from cppo.rollout_log import write_rollouts
 
 pytestmark = pytest.mark.train
@@ -32,6 +36,19 @@ def test_the_summary_names_methods_findings_and_thresholds(run):
     assert "first  (cppo?delta=0.1)" in done.stdout
     for words in ("32 responses", "updates 1 to 4", "policy_gradient", "To mask 2.0% of these tokens", "warning: "):
         assert words in done.stdout
+
+
+def test_the_terminal_shows_texts_once_escaped_and_what_the_thresholds_reach(run):
+    console = Console(width=200, file=io.StringIO())
+    document = inspect_runs([run], own="cppo", beside=())
+    entry = {"id": 1, "count": 3, "rejected": 2}
+    texts = [printable(text) for text in ("it's", "a\\b", "\x1b[2J", "\n\t")]
+    document["runs"][0]["rejected_tokens"] = [entry | {"text": text} for text in texts]
+    print_document(document, console)
+    shown = console.file.getvalue()
+    assert r"'it's' 2 of 3, 'a\b' 2 of 3, '\u001b[2J' 2 of 3, '\n\t' 2 of 3" in shown
+    reached = document["runs"][0]["suggestion"]["masked"]
+    assert f"), which masks {reached:.1%}. The paper's delta" in shown
 
 
 def test_json_is_the_document(run):

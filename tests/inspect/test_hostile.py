@@ -1,6 +1,7 @@
 """Careless and hostile logs: no wrong statement, no traceback, nothing that steers a terminal."""
 
 import json
+import os
 import random
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ from test_advice import titles
 from test_command import inspect
 
 from cppo.inspect.reading import Log
+from cppo.inspect.runs import _configured_method, inspect_runs, training_curve
 from cppo.inspect.statement import TokenTexts
 from cppo.inspect.summary import summarise
 from cppo.printable import printable
@@ -114,3 +116,94 @@ def test_a_token_that_no_tokenizer_knows_has_no_text(tmp_path):
 
     Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     assert TokenTexts(tmp_path / "tokenizer.json")([1, -1, 0]) == ["b", "", "a"]
+
+
+DEEP = "method: " + "[" * 100_000
+CONFIGS = [
+    DEEP,
+    "method: {a: &a [*b]}",
+    "%YAML " + "1" * 5000 + ".1\n---\nmethod: cppo",
+    r'method: "\UFFFFFFFF"',
+    "a: b: c",
+    "\x00",
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+def test_a_configuration_that_cannot_be_read_is_named_where_the_log_says_no_method(tmp_path, config):
+    write_log(tmp_path, make_rows())
+    (tmp_path / "config.yaml").write_text(config)
+    done = inspect(tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "config.yaml: cannot be read (" in done.stderr
+    assert done.stderr.strip().endswith("name the method with --method")
+
+
+@pytest.mark.parametrize(
+    "value", ["2024-99-99", ".inf", "1" * 5000, "[1, 2]", "{<<: [{a: 1}]}", "!!python/name:os.system"]
+)
+def test_values_that_are_not_asked_for_break_nothing(tmp_path, value):
+    write_log(tmp_path, make_rows())
+    config = tmp_path / "config.yaml"
+    config.write_text(f"other: {value}\nmethod: cppo?delta=0.3\n")
+    assert _configured_method(config) == "cppo?delta=0.3"
+    config.write_text(f"method: {value}\n")
+    assert _configured_method(config) is None
+    with pytest.raises(ValueError, match="expected to find the method that the run used, found none"):
+        inspect_runs([tmp_path])
+
+
+def test_a_log_that_says_its_method_needs_no_configuration(tmp_path):
+    write_rollouts(tmp_path / "step-000001.parquet", make_rows(), method="dppo")
+    (tmp_path / "config.yaml").write_text(DEEP)
+    assert inspect_runs([tmp_path])["runs"][0]["method"] == "dppo"
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "1" + "0" * 400, "1e999", "Infinity", "NaN", "[" * 100_000, "(" * 1000])
+def test_a_method_of_impossible_numbers_is_named(tmp_path, value):
+    write_rollouts(tmp_path / "step-000001.parquet", make_rows(), method=f"cppo?delta={value}")
+    with pytest.raises(ValueError, match=r"names the method 'cppo\?delta=.*, which is none .*; name it with --method"):
+        inspect_runs([tmp_path])
+
+
+def test_learning_curves_are_of_numbers_alone():
+    rows = [
+        {"step": 1, "eval/accuracy": 0.5, "rollout/reward": "high"},
+        {"step": 2, "eval/accuracy": [1], "rollout/reward": 10**400},
+        {"step": 3, "eval/accuracy": NAN, "rollout/reward": INF},
+        {"step": 4, "eval/standard_error": 0.1, "rollout/reward": 1},
+    ]
+    assert training_curve("a", rows) == {
+        "label": "a", "steps": [1, 4], "accuracy": [0.5, None], "standard_error": [None, 0.1], "reward": [None, 1.0],
+    }  # fmt: skip
+
+
+def test_a_name_that_is_no_utf_8_is_one_line(tmp_path):
+    folder = os.fsencode(write_log(tmp_path / "run", make_rows()))
+    broken = os.fsencode(tmp_path / "br") + b"\xff\xfeken"
+    os.rename(folder, broken)
+    done = inspect(os.fsdecode(broken), "--method", "cppo")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "br\\udcff\\udcfeken" in done.stderr
+    assert done.stderr.strip().endswith("expected a name in UTF-8; rename it, or its folder")
+
+
+def test_a_log_that_is_given_twice_is_refused(tmp_path):
+    run = write_log(tmp_path / "run", make_rows())
+    (tmp_path / "link").symlink_to(run)
+    for again in (run, run / "rollouts", run / "rollouts" / "step-000001.parquet", tmp_path / "link"):
+        with pytest.raises(ValueError, match=r"step-000001\.parquet: given twice.*; expected each log once"):
+            inspect_runs([run, again], own="cppo")
+    os.link(run / "rollouts" / "step-000002.parquet", run / "rollouts" / "step-000003.parquet")
+    with pytest.raises(ValueError, match=r"step-000003\.parquet: given twice, also as .*step-000002\.parquet"):
+        inspect_runs([run], own="cppo")
+    done = inspect(run, run, "--method", "cppo")
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
+
+
+def test_extreme_advantages_warn_of_nothing(tmp_path):
+    rows = [row | {"advantage": 3e38 * (-1) ** index} for index, row in enumerate(make_rows(drift=3.0))]
+    run = summarise(Log.open(write_log(tmp_path, rows)), "cppo")
+    assert all(entry["weight_left"] is not None for entry in run["methods"])

@@ -8,6 +8,7 @@ import pytest
 from logs import make_rows, write_log
 
 from cppo.inspect.measures import Gaps, Measures
+from cppo.inspect.oddities import Oddities
 from cppo.inspect.reading import Log
 from cppo.inspect.replay import BINS
 
@@ -97,6 +98,9 @@ def test_a_token_without_a_log_prob_counts_nowhere_and_is_named(tmp_path, column
     rows[2][column][3] = float("nan")
     measures = measured(tmp_path, rows, [1])
     assert measures.sums["tokens"].sum() == 23
-    assert measures.sums["broken"].sum() == 1
-    assert measures.first_broken.endswith(f"step-000002.parquet, row 0, column {column!r}")
+    oddities = Oddities([])
+    for chunk in Log.open(tmp_path).chunks(texts=True):
+        oddities.add(chunk)
+    assert oddities.no_log_prob.count == 1
+    assert oddities.no_log_prob.first.endswith(f"step-000002.parquet, row 0, column {column!r}")
     assert all(np.isfinite(values).all() for values in measures.series().values())

@@ -388,6 +388,17 @@ def test_a_log_without_anything_to_show_says_so(show):
     assert "No tokens to try" in page.locator("#grids").inner_text()
 
 
+def test_weights_that_are_shuffled_are_said_and_not_drawn(show):
+    run = make_run()
+    drawn = show(make_document(run)).locator("#by-position figure").first
+    assert "allowed" in drawn.locator(".legend").inner_text()
+    assert not drawn.locator(".note").is_visible()
+    run["positions"] |= {"allowance": None, "allowance_note": "Shuffled: between 0.1 and 0.2."}
+    said = show(make_document(run, make_run("second"))).locator("#by-position figure").first
+    assert said.locator(".legend").inner_text().count("allowed") == 1
+    assert said.locator(".note").inner_text() == "first: Shuffled: between 0.1 and 0.2."
+
+
 # ---------------------------------------------------------------- where it is read
 
 

@@ -1,13 +1,16 @@
 """Reading a rollout log: what comes out is what was written; what cannot be used is named by file, row and column."""
 
+import dataclasses
+import random
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from logs import make_rows, write_log, write_raw
+from logs import make_row, make_rows, write_log, write_raw
 
 from cppo.inspect.reading import Log
-from cppo.rollout_log import SCHEMA
+from cppo.rollout_log import SCHEMA, RolloutWriter, read_rollouts
 
 pytestmark = pytest.mark.train
 
@@ -62,6 +65,116 @@ def test_other_widths_and_missing_optional_columns_are_read(tmp_path):
     np.testing.assert_allclose(chunk.logp, np.concatenate([row["logp"] for row in rows]), rtol=1e-6)
 
 
+def retyped(**kinds):
+    return pa.schema([pa.field(f.name, kinds.get(f.name, f.type)) for f in SCHEMA])
+
+
+FIXED = pa.list_(pa.float32(), 5)
+CODED = pa.dictionary(pa.int8(), pa.string())
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        retyped(logp=FIXED, rollout_logp=FIXED, response_mask=pa.list_(pa.bool_(), 5), divergence=FIXED),
+        retyped(token_ids=pa.large_list(pa.int64()), logp=pa.large_list(pa.float64()), divergence=pa.null()),
+        retyped(prompt=CODED, response=pa.large_string(), divergence=pa.null(), step=pa.uint8()),
+        retyped(token_ids=pa.list_(pa.uint32()), step=pa.uint64()),
+    ],
+)
+def test_every_encoding_is_read_alike(tmp_path, schema):
+    rows = make_rows(steps=2, length=5, divergence=pa.types.is_fixed_size_list(schema.field("divergence").type))
+    (plain,) = Log.open(write_raw(tmp_path / "plain.parquet", rows)).chunks(texts=True)
+    other = write_raw(tmp_path / "other.parquet", rows, schema)
+    assert pq.ParquetFile(other).schema_arrow.equals(schema)
+    (chunk,) = Log.open(other).chunks(texts=True)
+    for field in dataclasses.fields(chunk):
+        if field.name != "file":
+            np.testing.assert_array_equal(getattr(chunk, field.name), getattr(plain, field.name))
+
+
+def test_columns_of_nothing_but_nulls_and_coded_numbers_are_read(tmp_path):
+    rows = [row | {"reward": None, "prompt": None, "response": None} for row in make_rows(length=5)]
+    table = pa.Table.from_pylist(rows, schema=retyped(**dict.fromkeys(("reward", "prompt", "response"), pa.null())))
+    table = table.set_column(0, "step", table["step"].dictionary_encode())
+    pq.write_table(table, tmp_path / "log.parquet")
+    (chunk,) = Log.open(tmp_path / "log.parquet").chunks(texts=True)
+    assert np.isnan(chunk.reward).all()
+    assert set(chunk.prompt) == set(chunk.response) == {None}
+    assert chunk.step.tolist() == [row["step"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "value", "message"),
+    [
+        ("step", pa.uint64(), 2**63, "int64 holds, got 9223372036854775808"),
+        ("token_ids", pa.list_(pa.int64()), [7, 2**31], "int32 holds, got 2147483648"),
+        ("token_ids", pa.list_(pa.int64()), [7, -(2**40)], "int32 holds, got -1099511627776"),
+        ("token_ids", pa.list_(pa.uint64()), [7, 2**64 - 1], "int32 holds, got 18446744073709551615"),
+    ],
+)  # fmt: skip
+def test_whole_numbers_out_of_range_are_named(tmp_path, column, kind, value, message):
+    rows = make_rows(steps=1, length=2)
+    rows[3][column] = value
+    log = Log.open(write_raw(tmp_path / "log.parquet", rows, retyped(**{column: kind})))
+    with pytest.raises(ValueError, match=r"log\.parquet, row 3, ") as error:
+        list(log.chunks())
+    assert f"column {column!r}: expected a number that {message}" in str(error.value)
+
+
+def test_log_probs_beyond_float32_are_infinite_without_a_warning(tmp_path):
+    rows = make_rows(steps=1, length=3)
+    rows[0]["logp"] = [-1e308, -1.0, 1e308]
+    path = write_raw(tmp_path / "log.parquet", rows, retyped(logp=pa.list_(pa.float64())))
+    (chunk,) = Log.open(path).chunks()
+    assert chunk.logp[:3].tolist() == [-np.inf, -1.0, np.inf]
+
+
+def test_files_are_read_in_the_order_of_their_numbers(tmp_path):
+    for step in (8, 9, 10, 11):
+        write_raw(tmp_path / f"{step}.parquet", [make_row(random.Random(step), step)])
+    assert [file.stem for file in Log.open(tmp_path).files] == ["8", "9", "10", "11"]
+    assert [row["step"] for row in read_rollouts(tmp_path)] == [8, 9, 10, 11]
+    (chunk,) = Log.open(tmp_path).chunks()
+    assert chunk.step.tolist() == [8, 9, 10, 11]
+
+
+def test_a_resumed_run_goes_on_after_a_millionth_update(tmp_path):
+    write_raw(tmp_path / "step-999999.parquet", make_rows(steps=1))
+    writer = RolloutWriter(tmp_path, "rollout_log")
+    writer.add(make_rows(steps=1))
+    writer.write(1_000_000)
+    assert (tmp_path / "step-1000000.parquet").is_file()
+    late = RolloutWriter(tmp_path, "rollout_log")
+    late.add(make_rows(steps=1))
+    with pytest.raises(ValueError, match=r"expected a folder without update 1000000, found step-1000000\.parquet"):
+        late.write(1_000_000)
+
+
+def test_small_files_are_read_together_and_a_row_keeps_its_place(tmp_path):
+    rows = make_rows(steps=30, responses=2, length=4, holes=False)
+    write_log(tmp_path, rows, files=30)
+    chunks = list(Log.open(tmp_path).chunks(texts=True, tokens=80))
+    assert [len(chunk.lengths) for chunk in chunks] == [20, 20, 20]
+    assert chunks[1].place(3).endswith("step-000012.parquet, row 1")
+    assert [int(step) for chunk in chunks for step in chunk.step] == [row["step"] for row in rows]
+    broken = make_rows(steps=1, length=4)
+    broken[5]["logp"] = [-1.0] * 3
+    write_raw(tmp_path / "rollouts" / "step-000031.parquet", [row | {"step": 31} for row in broken])
+    with pytest.raises(
+        ValueError, match=r"step-000031\.parquet, row 5, column 'rollout_logp': expected a list as long"
+    ):
+        list(Log.open(tmp_path).chunks())
+
+
+def test_a_divergence_that_some_files_lack_is_none(tmp_path):
+    write_raw(tmp_path / "1.parquet", make_rows(steps=1, divergence=True))
+    write_raw(tmp_path / "2.parquet", [row | {"step": 2} for row in make_rows(steps=1)])
+    log = Log.open(tmp_path)
+    assert log.survey() == ([1, 2], False)
+    assert [chunk.divergence for chunk in log.chunks()] == [None]
+
+
 def changed(index, **values):
     rows = make_rows(steps=1, length=5)
     rows[index] |= values
@@ -79,14 +192,24 @@ NAN = float("nan")
         (changed(5, token_ids=[1]), "row 5, column 'token_ids': expected a list as long as logp's, 5, got 1"),
         (changed(1, logp=None), "row 1, column 'logp': expected a list, got null"),
         (changed(4, rollout_logp=[-1.0, None] + [-1.0] * 3), "row 4, column 'rollout_logp': expected numbers, got"),
-        (changed(6, advantage=NAN), "row 6, column 'advantage': expected a finite number, got nan"),
+        (changed(6, advantage=NAN), "row 6, column 'advantage': expected a finite number that float32 holds, got"),
         (changed(6, advantage=None), "row 6, column 'advantage': expected a number, got null"),
         (changed(0, divergence=[0.1] * 5), "row 1, column 'divergence': expected a list, as in the rows"),
         (
             [row | {"divergence": [0.1] * 3} for row in changed(0)],
             "row 0, column 'divergence': expected a list as long as logp's, 5, got 3",
         ),
-        (changed(3, step=0), "row 3, column 'step': expected one run's updates in order, got 0 after a later one"),
+        (changed(6, advantage=1e308), "row 6, column 'advantage': expected a finite number that float32 holds, got 1e"),
+        (changed(2, reward=-1e308), "row 2, column 'reward': expected a finite number that float32 holds, got -1e+308"),
+        (changed(5, step=-1), "row 5, column 'step': expected the number of an update, 0 or more, got -1"),
+        (
+            changed(3, step=0),
+            "row 3, column 'step': expected one run's updates in order, files in that of their names, got 0 after",
+        ),
+        (
+            [row | {"divergence": [0.1] * 4 + [None]} for row in changed(0)],
+            "row 0, column 'divergence': expected numbers, got a null",
+        ),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )  # fmt: skip

@@ -370,3 +370,12 @@ def test_the_tiny_model_needs_a_task_with_a_demonstrator(tmp_path):
     with pytest.raises(ValueError, match="demonstrator"):
         start_run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"step": Infinity}', b"[" * 100_000, b'{"step": "x"}', b"[]", b'{"step": 1, "a": "\xff"}']
+)
+def test_metrics_that_are_no_metrics_are_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl.*: expected (a JSON object with a step|UTF-8)"):
+        read_metrics(tmp_path / "metrics.jsonl")

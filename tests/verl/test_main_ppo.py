@@ -32,6 +32,7 @@ OURS = (
     f"+{ACTOR}.policy_loss.delta={METHOD.delta}",
     f"+{ACTOR}.policy_loss.delta_b={METHOD.delta_b}",
 )
+REPORT = "+hydra.callbacks.report._target_=cppo.adapters.verl_report.RolloutReport"
 
 
 def launch(folder, *overrides):
@@ -107,7 +108,7 @@ def masked_fraction(rows):
 @pytest.mark.slow
 def test_two_steps_of_main_ppo_under_cppo(tmp_path):
     folder = tmp_path / "rollouts"
-    steps = metrics_of(launch(tmp_path, *OURS, f"+{ACTOR}.policy_loss.rollout_log={folder}"))
+    steps = metrics_of(launch(tmp_path, *OURS, f"+{ACTOR}.policy_loss.rollout_log={folder}", REPORT))
     assert [step["step"] for step in steps] == [1, 2]
     for step in steps:
         assert 0 < step["actor/gate/masked_fraction"] < 1
@@ -125,6 +126,7 @@ def test_two_steps_of_main_ppo_under_cppo(tmp_path):
         assert any(prompt in row["prompt"] for prompt in PROMPTS)
         assert 0 <= row["reward"] <= 1
         assert len(row["token_ids"]) == len(row["logp"]) == len(row["rollout_logp"]) == sum(row["response_mask"])
+    assert '"file":"step-000001-' in (folder / "report.html").read_text()  # written when main_ppo ended
     for index, step in enumerate(steps):
         fractions = masked_fraction(rows[16 * index : 16 * (index + 1)])
         assert step["actor/gate/masked_fraction"] == pytest.approx(sum(fractions) / 8, rel=1e-5)

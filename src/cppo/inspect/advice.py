@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cppo.inspect.measures import Measures
+from cppo.inspect.oddities import Oddities
 from cppo.inspect.replay import BINS, Judged
 from cppo.methods import CISPO, CPPO, DRPO, PNPO, SAPO, PolicyGradient
 
@@ -17,6 +18,8 @@ from cppo.methods import CISPO, CPPO, DRPO, PNPO, SAPO, PolicyGradient
 REJECT_NOTHING = (CISPO, DRPO, PNPO, PolicyGradient, SAPO)
 
 Level = Literal["problem", "warning", "note"]
+
+_ENOUGH_TOKENS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Evidence:
 
     series: dict[str, NDArray[np.float64]]
     measures: Measures
+    oddities: Oddities
     own: Judged
     suggested_delta: float | None  # of CPPO, at which its token rule alone would mask the wanted share
     wanted: float
@@ -113,7 +117,7 @@ def _acts_on_many(e: Evidence) -> Iterator[Finding]:
 
 def _unequal_signs(e: Evidence) -> Iterator[Finding]:
     (down, down_rejected), _, (up, up_rejected) = e.own.signs.tolist()
-    if min(down, up) < 100:
+    if min(down, up) < _ENOUGH_TOKENS:
         return
     down_share, up_share = down_rejected / down, up_rejected / up
     if max(down_share, up_share) > 0.01 and max(down_share, up_share) > 3 * min(down_share, up_share):
@@ -154,7 +158,8 @@ def _pinned_budget(e: Evidence) -> Iterator[Finding]:
 
 def _truncated_sampler(e: Evidence) -> Iterator[Finding]:
     below, shift = float(e.series["below_sampler"][0]), float(e.series["mean_log_ratio"][0])
-    if below > 0.75 and shift < -0.003:
+    # Of so many tokens, half of them below the sampler, three quarters are no chance.
+    if below > 0.75 and shift < -0.003 and e.measures.sums["tokens"][0] >= _ENOUGH_TOKENS:
         yield Finding(
             "problem", "The sampler was truncated",
             f"In the first update {_percent(below)} of the tokens are likelier under the sampler than under the "
@@ -178,13 +183,58 @@ def _engine_mismatch(e: Evidence) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _broken_tokens(e: Evidence) -> Iterator[Finding]:
-    broken = float(e.measures.sums["broken"].sum())
-    if broken:
+# ---------------------------------------------------------------- does the log hold what it should?
+
+
+def _no_log_prob(e: Evidence) -> Iterator[Finding]:
+    found = e.oddities.no_log_prob
+    if found.count:
         yield Finding(
-            "warning", f"{broken:.0f} response tokens have no finite log-prob",
-            f"The first: {e.measures.first_broken}. They gave no gradient and count in no mean here.",
-            {"broken": broken},
+            "warning", f"{found.count} response tokens have no finite log-prob",
+            f"The first: {found.first}. They gave no gradient and count in no mean here.",
+            {"tokens": found.count},
+        )  # fmt: skip
+
+
+def _log_prob_above_0(e: Evidence) -> Iterator[Finding]:
+    found = e.oddities.log_prob_above_0
+    if found.count:
+        yield Finding(
+            "warning", f"{found.count} response tokens have a log-prob above 0",
+            f"The first: {found.first}; the largest is {found.largest:.4g}. No probability is above 1: the column "
+            "holds something else (logits, or log-probs with the other sign). The divergences take it as 0, the "
+            "methods' ratios as it stands.",
+            {"tokens": found.count, "largest": found.largest},
+        )  # fmt: skip
+
+
+def _wrong_divergence(e: Evidence) -> Iterator[Finding]:
+    none, high, kinds = e.oddities.no_divergence, e.oddities.divergence_above_1, ", ".join(e.oddities.measured_by)
+    if none.count:
+        yield Finding(
+            "warning", f"{none.count} measured divergences are none",
+            f"NaN, infinite or negative; the first: {none.first}. Judged by {kinds}, a token without a finite one is "
+            "rejected, and spends nothing; a negative one counts as 0.",
+            {"tokens": none.count},
+        )  # fmt: skip
+    if high.count:
+        yield Finding(
+            "warning", f"{high.count} measured divergences are above 1",
+            f"The first: {high.first}; the largest is {high.largest:.4g}. They are judged by {kinds}, and no total "
+            "variation is above 1: the column holds another divergence, for which these thresholds were not made.",
+            {"tokens": high.count, "largest": high.largest},
+        )  # fmt: skip
+
+
+def _in_two_files(e: Evidence) -> Iterator[Finding]:
+    found = e.oddities.in_two_files
+    if found.count:
+        yield Finding(
+            "warning", f"{found.count} responses stand in the log again",
+            f"The first: {found.first}. Another file has the same update, prompt, tokens and sampler's log-probs. A "
+            "file that was copied or written twice counts twice in everything here; a few short responses may be "
+            "chance.",
+            {"responses": found.count},
         )  # fmt: skip
 
 
@@ -261,8 +311,9 @@ def _one_response(e: Evidence) -> Iterator[Finding]:
 
 
 _RULES = (
-    _collapse, _never_acts, _truncated_sampler, _engine_mismatch, _acts_on_many, _growing_drift, _broken_tokens,
-    _one_response, _no_signal, _pinned_budget, _early_drift, _unequal_signs,
+    _collapse, _never_acts, _truncated_sampler, _engine_mismatch, _acts_on_many, _growing_drift, _no_log_prob,
+    _log_prob_above_0, _wrong_divergence, _in_two_files, _one_response, _no_signal, _pinned_budget, _early_drift,
+    _unequal_signs,
 )  # fmt: skip
 
 

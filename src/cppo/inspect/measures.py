@@ -61,7 +61,6 @@ _TOKEN_SUMS = (
     "equal",
     "uncertain",
     "below",
-    "broken",
 )
 # Sums over its responses.
 _RESPONSE_SUMS = ("responses", "reward", "rewarded", "written", "no_advantage", "perplexity_gap")
@@ -81,7 +80,6 @@ class Measures:
         self.sums = {name: np.zeros(len(steps)) for name in (*_TOKEN_SUMS, *_RESPONSE_SUMS)}
         self.largest_weight = np.zeros(len(steps))
         self.total_weight = np.zeros(len(steps))
-        self.first_broken: str | None = None
 
     def add(self, chunk: Chunk, weight: NDArray[np.float64]) -> None:
         """Count a chunk.
@@ -93,14 +91,7 @@ class Measures:
         response, bins = token_bins(chunk)
         place = np.array([self._place[step] for step in chunk.step.tolist()], dtype=np.int64)
         logp, rollout_logp = (np.minimum(x.astype(np.float64), 0.0) for x in (chunk.logp, chunk.rollout_logp))
-        finite = np.isfinite(chunk.logp) & np.isfinite(chunk.rollout_logp)
-        mask = (bins >= 0) & finite
-        broken = (bins >= 0) & ~finite
-        if broken.any() and self.first_broken is None:
-            row, column = int(response[np.argmax(broken)]), "logp"
-            if not np.isfinite(chunk.rollout_logp[np.argmax(broken)]):
-                column = "rollout_logp"
-            self.first_broken = f"{chunk.file}, row {chunk.first_row + row}, column {column!r}"
+        mask = (bins >= 0) & np.isfinite(chunk.logp) & np.isfinite(chunk.rollout_logp)
         at, response_at = place[response][mask], response[mask]
         p, m = logp[mask], rollout_logp[mask]
         gap, log_ratio = np.abs(np.exp(p) - np.exp(m)), np.clip(p - m, -20, 20)
@@ -114,7 +105,6 @@ class Measures:
         }  # fmt: skip
         for name, value in values.items():
             self.sums[name] += np.bincount(at, value, minlength=len(self.steps))
-        self.sums["broken"] += np.bincount(place[response][broken], minlength=len(self.steps))
         self._add_responses(chunk, place, response_at, log_ratio, weight, response)
 
     def _add_responses(

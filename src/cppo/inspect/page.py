@@ -14,7 +14,8 @@ from typing import Any
 
 from cppo.printable import printable
 
-_SCRIPTS = ("elements.js", "pictures.js", "response.js", "page.js")
+_SHARED = ("elements.js", "pictures.js")
+_SCRIPTS = ("response.js", "page.js")
 
 
 def write_page(path: Path, document: dict[str, Any], training: list[dict[str, Any]] | None = None) -> None:
@@ -27,19 +28,32 @@ def write_page(path: Path, document: dict[str, Any], training: list[dict[str, An
             ``steps``, ``accuracy``, ``standard_error``, ``reward`` of one length, None where an update has no value
             (``training_curve`` makes such an entry).
     """
+    names = ", ".join(str(run["name"]) for run in document["runs"])
+    script = "".join(map(_asset, _SCRIPTS))
+    path.write_bytes(build_page(_asset("page.html"), script, document | {"training": training or []}, names))
+
+
+def build_page(template: str, script: str, document: dict[str, Any], title: str) -> bytes:
+    """Return a page that opens from disk: its data, its script, plotly and the shared look inside.
+
+    Args:
+        template: HTML with the places ``@@policy@@``, ``@@title@@``, ``@@style@@``, ``@@data@@``, ``@@plotly@@`` and
+            ``@@script@@``.
+        script: runs after ``elements.js`` and ``pictures.js``.
+        document: the data, which the script finds in the element ``data``.
+        title: plain text.
+    """
     from plotly.offline import get_plotlyjs
 
-    names = ", ".join(str(run["name"]) for run in document["runs"])
-    scripts = {"plotly": get_plotlyjs(), "script": "".join(_asset(name) for name in _SCRIPTS)}
+    scripts = {"plotly": get_plotlyjs(), "script": "".join(map(_asset, _SHARED)) + script}
     parts = scripts | {
         "style": _asset("page.css"),
         "policy": _policy(list(scripts.values())),
-        "title": html.escape(printable(names)),
-        "data": _as_json(document | {"training": training or []}),
+        "title": html.escape(printable(title)),
+        "data": _as_json(document),
     }
     # One pass over the template alone: what is put in is not searched.
-    page = re.sub(r"@@(\w+)@@", lambda found: parts[found[1]], _asset("page.html"))
-    path.write_bytes(page.encode())
+    return re.sub(r"@@(\w+)@@", lambda found: parts[found[1]], template).encode()
 
 
 def _asset(name: str) -> str:

@@ -104,8 +104,8 @@ class Replay:
             for spec in specs
         ]  # fmt: skip
 
-    def add(self, chunk: Chunk) -> Decision:
-        """Judge a chunk by every method; return the own method's decision."""
+    def add(self, chunk: Chunk) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
+        """Judge a chunk by every method; return the own method's ``|coefficient|`` and ``rejected_by``."""
         response, bins = token_bins(chunk)
         # A token without log-probs is rejected by every method and says nothing of any.
         mask = (bins >= 0) & np.isfinite(chunk.logp) & np.isfinite(chunk.rollout_logp)
@@ -118,8 +118,7 @@ class Replay:
         log_ratio = np.clip(chunk.logp[mask].astype(np.float64) - chunk.rollout_logp[mask], -20, 20)
         plain = np.exp(log_ratio) * np.abs(advantage)
         self._unmasked_weight += np.bincount(token_place, plain, minlength=len(self._place))
-        own: Decision | None = None
-        own_codes: NDArray[Any] | None = None
+        own: tuple[NDArray[np.float64], NDArray[np.int8]] | None = None
         for judged in self.judged:
             decision = decide_chunk(judged.method, chunk)
             codes = _numpy(decision.rejected_by, kept)
@@ -133,10 +132,10 @@ class Replay:
                 budget = decision.trace.delta_b.numpy()[used]
                 judged.delta_b[:, 0] += np.bincount(place[used], budget, minlength=len(self._place))
                 judged.delta_b[:, 1] += np.bincount(place[used], minlength=len(self._place))
-            if own is None or own_codes is None:
-                own, own_codes = decision, codes
+            if own is None:
+                own = np.abs(decision.coefficient.numpy().astype(np.float64)), decision.rejected_by.numpy()
             else:
-                judged.differs += int(np.count_nonzero((codes > 0) != (own_codes > 0)))
+                judged.differs += int(np.count_nonzero((codes > 0) != (own[1][mask] > 0)))
         assert own is not None
         return own
 

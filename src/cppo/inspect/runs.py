@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,18 @@ def inspect_runs(
 
     Args:
         paths: what ``Log.open`` opens: a run's folder, a folder of parquet files, a parquet file.
-        own: the method of the runs; None: the one that each run's ``config.yaml``, or the log itself, names.
+        own: the method of the runs; None: the one that each log itself, or else the run's ``config.yaml``, names.
         beside: other methods to judge the same tokens by.
         wanted: the masked share for which thresholds are suggested, in (0, 1).
         responses: how many responses of each run are shown whole.
         progress: called with the number of responses read since the last call; each is read twice.
 
     Raises:
-        ValueError: for a log that cannot be read, naming file, row and column; or a run whose method is not known.
+        ValueError: for a log that cannot be read, naming file, row and column; a file that is given twice; or a run
+            whose method is not known.
     """
     found = [_opened(path, own) for path in paths]  # all of them before the first is judged
+    _check_files([file for log, _ in found for file in log.files])
     runs: list[dict[str, Any]] = []
     for path, (log, method) in zip(paths, found, strict=True):
         tokenizer = TokenTexts.find(path)
@@ -46,14 +49,25 @@ def inspect_runs(
     return {"format": FORMAT, "runs": runs}
 
 
+def _check_files(files: Sequence[Path]) -> None:
+    """Refuse a file that would be counted twice, under whatever names."""
+    seen: dict[tuple[int, int], Path] = {}
+    for file in files:
+        about = file.stat()
+        before = seen.setdefault((about.st_dev, about.st_ino), file)
+        if before is not file:
+            also = "" if before == file else f", also as {before}"
+            raise ValueError(f"{file}: given twice{also}; expected each log once")
+
+
 def _opened(path: Path, own: str | None) -> tuple[Log, str]:
     log = Log.open(path)
-    method = own or _own_method(path, log)
+    method = own or log.method or _configured_method(path / "config.yaml")
     if method is None:
         raise ValueError(f"{path}: expected to find the method that the run used, found none; name it with --method")
     try:
         parse_method(method)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         if own is not None:
             raise
         raise ValueError(
@@ -62,19 +76,22 @@ def _opened(path: Path, own: str | None) -> tuple[Log, str]:
     return log, method
 
 
-def _own_method(path: Path, log: Log) -> str | None:
-    """Return the method that judged a log: what a ``cppo train`` run's folder says, else what the log itself does."""
+def _configured_method(file: Path) -> str | None:
+    """Return the method that a ``cppo train`` run's ``config.yaml`` names, or None."""
     import yaml
 
-    file = path / "config.yaml"
     if not file.is_file():
-        return log.method
+        return None
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return log.method
-    method = config.get("method") if isinstance(config, dict) else None
-    return method if isinstance(method, str) else log.method
+        # Its nodes alone: no dates, numbers or merged mappings are made of what may be anybody's text.
+        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, ArithmeticError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise ValueError(f"{file}: cannot be read ({reason}); name the method with --method") from None
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        if key.value == "method" and value.tag == "tag:yaml.org,2002:str":
+            return str(value.value)
+    return None
 
 
 def _free(name: str, taken: set[str]) -> str:
@@ -92,8 +109,16 @@ def training_curve(label: str, metrics: Iterable[dict[str, Any]]) -> dict[str, A
         metrics: the lines of its ``metrics.jsonl``.
     """
     keys = {"accuracy": "eval/accuracy", "standard_error": "eval/standard_error", "reward": "rollout/reward"}
-    rows = [row for row in metrics if row.get("eval/accuracy") is not None or row.get("rollout/reward") is not None]
+    rows = [{"step": row["step"]} | {name: _number(row.get(key)) for name, key in keys.items()} for row in metrics]
+    rows = [row for row in rows if row["accuracy"] is not None or row["reward"] is not None]
     if not rows:
         return None
-    curves = {name: [row.get(key) for row in rows] for name, key in keys.items()}
-    return {"label": label, "steps": [row["step"] for row in rows], **curves}
+    return {"label": label, **{f"{name}s" if name == "step" else name: [row[name] for row in rows] for name in rows[0]}}
+
+
+def _number(value: Any) -> float | None:
+    """Return a number of a metrics line; None for what is none, or too large for one."""
+    try:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:
+        return None

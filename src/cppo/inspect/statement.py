@@ -44,8 +44,8 @@ def statement(one: Chunk, methods: dict[str, Method], texts: TokenTexts | None, 
     assert one.prompt is not None
     assert one.response is not None
     return {
-        "file": printable(one.file.name),
-        "row": one.first_row,
+        "file": printable(one.file[0].name),
+        "row": int(one.row[0]),
         "step": int(one.step[0]),
         "reward": number(one.reward[0]),
         "advantage": number(one.advantage[0]),

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from cppo.inspect.advice import Evidence, as_dict, findings
 from cppo.inspect.examples import SHOWN_TOKENS, RejectedTokens, Shown
 from cppo.inspect.measures import Measures, divide
-from cppo.inspect.reading import Log
+from cppo.inspect.oddities import Oddities
+from cppo.inspect.reading import Chunk, Log
 from cppo.inspect.replay import BINS, Judged, Replay, replayable
 from cppo.inspect.statement import TokenTexts, number, numbers, statement
 from cppo.inspect.thresholds import Sample, suggest
@@ -46,28 +47,33 @@ def summarise(
         texts: cuts responses into tokens, where a tokenizer is at hand.
         progress: called with the number of responses read since the last call; each is read twice.
     """
-    steps, divergence, written = _survey(log, progress)
+    steps, measured = log.survey()
+    progress(log.responses)
     specs, left_out = [own], {}
     for spec in beside:
-        reason = replayable(parse_method(spec), divergence)
+        reason = replayable(parse_method(spec), measured)
         if reason is not None:
             left_out[spec] = reason
         elif parse_method(spec) not in [parse_method(known) for known in specs]:
             specs.append(spec)
-    reason = replayable(parse_method(own), divergence)
+    reason = replayable(parse_method(own), measured)
     if reason is not None:
         raise ValueError(f"method={own!r}: {reason}; expected a method that can judge it, such as cppo")
     replayed, measures = Replay(specs, steps), Measures(steps)
-    shown, sample, rejected = Shown(responses), Sample(written), RejectedTokens()
-    for chunk in log.chunks(texts=True):
-        decision = replayed.add(chunk)
-        coefficient = np.abs(decision.coefficient.numpy().astype(np.float64))
+    shown, sample, rejected = Shown(responses), Sample(log.tokens), RejectedTokens()
+    oddities = Oddities([item.method for item in replayed.judged])
+
+    def add(chunk: Chunk) -> None:  # whose arrays go when it returns
+        coefficient, codes = replayed.add(chunk)
+        oddities.add(chunk)
         measures.add(chunk, coefficient * np.abs(np.repeat(chunk.advantage, chunk.lengths)))
-        codes = decision.rejected_by.numpy()
         shown.add(chunk, codes)
         rejected.add(chunk, codes)
         sample.add(chunk)
         progress(len(chunk.lengths))
+
+    for chunk in log.chunks(texts=True):
+        add(chunk)
     judged = replayed.judged
     suggestion = suggest(sample.chunk(), judged[0].method, wanted)
     series = measures.series()
@@ -79,45 +85,49 @@ def summarise(
         "responses": int(measures.sums["responses"].sum()),
         "tokens": judged[0].tokens,
         "steps": steps,
-        "divergence": "measured" if divergence else "from the sampled tokens",
+        "divergence": "measured" if measured else "from the sampled tokens",
         "series": {name: numbers(values) for name, values in series.items()},
         "positions": {
             "mean": numbers(measures.by_bin.mean()),
             "tail": numbers(measures.by_bin.tail()),
             "tokens": measures.by_bin.counts.sum(1).tolist(),
             "allowance": _allowance(judged[0].method),
+            "allowance_note": _allowance_note(judged[0].method),
         },
         "methods": [_method_entry(item, judged[0]) for item in judged],
         "left_out": left_out,
         "rejected_tokens": rejected.most(texts),
         "suggestion": suggestion,
         "findings": [
-            as_dict(f) for f in findings(Evidence(series, measures, judged[0], suggestion["token_delta"], wanted))
+            as_dict(found)
+            for found in findings(Evidence(series, measures, oddities, judged[0], suggestion["token_delta"], wanted))
         ],
         "examples": [statement(one, methods, texts, SHOWN_TOKENS) | {"why": why} for why, one in shown.chosen()],
     }
 
 
-def _survey(log: Log, progress: Callable[[int], None]) -> tuple[list[int], bool, int]:
-    """Return the log's updates, whether every response has a measured divergence, and how many tokens there are."""
-    steps: set[int] = set()
-    divergence, tokens = True, 0
-    for chunk in log.chunks():
-        steps.update(chunk.step.tolist())
-        divergence = divergence and chunk.divergence is not None
-        tokens += len(chunk.logp)
-        progress(len(chunk.lengths))
-    return sorted(steps), divergence, tokens
-
-
 def _allowance(method: Method) -> list[float | None] | None:
-    """Return delta / w_t in the middle of each bin, for a method with a threshold on D."""
+    """Return delta / w_t in the middle of each bin, for a threshold on D where D is a total variation.
+
+    None where w_t does not follow from the position (shuffled weights).
+    """
     delta = getattr(method, "delta", None)
-    if delta is None:
+    weights = getattr(method, "position", "uniform")
+    if delta is None or weights == "shuffled" or not str(getattr(method, "divergence", "")).endswith("_tv"):
         return None
-    w_min = method.w_min if isinstance(method, CPPO) and method.position == "linear" else 1.0
+    w_min = method.w_min if isinstance(method, CPPO) and weights == "linear" else 1.0
     middle = (np.arange(BINS) + 0.5) / BINS
     return numbers(delta / (1 - (1 - w_min) * middle))
+
+
+def _allowance_note(method: Method) -> str | None:
+    """Return what takes the allowance's place in the picture where the weights are shuffled."""
+    if not isinstance(method, CPPO) or method.position != "shuffled":
+        return None
+    return (
+        f"The own method's weights are shuffled within each response: what it allows lies between {method.delta:.3g} "
+        f"and {method.delta / method.w_min:.3g} at any position."
+    )
 
 
 def _method_entry(item: Judged, own: Judged) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def print_document(document: dict[str, Any], console: Console) -> None:
         console.print()
         if run["rejected_tokens"]:
             named = (
-                f"{e['id'] if e['text'] is None else repr(e['text'])} {e['rejected']} of {e['count']}"
+                f"{e['id'] if e['text'] is None else _quoted(e['text'])} {e['rejected']} of {e['count']}"
                 for e in run["rejected_tokens"][:_TOKENS]
             )
             console.print(Text(f"Rejected most by the run's own method: {', '.join(named)}"))
@@ -61,6 +61,11 @@ def _methods(run: dict[str, Any]) -> Table:
     return table
 
 
+def _quoted(text: str) -> str:
+    """Return a text that ``printable`` made, on one line."""
+    return "'" + text.replace("\n", "\\n").replace("\t", "\\t") + "'"
+
+
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
@@ -76,5 +81,6 @@ def _suggestion(found: dict[str, Any]) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
     return (
         f"To mask {found['wanted']:.1%} of these tokens, half of them by the prefix budget: delta "
-        f"{found['delta']:.3g}, delta_b {found['delta_b']:.3g} ({settings}). {beside}"
+        f"{found['delta']:.3g}, delta_b {found['delta_b']:.3g} ({settings}), which masks {_percent(found['masked'])}. "
+        f"{beside}"
     )

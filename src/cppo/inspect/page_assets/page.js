@@ -264,6 +264,11 @@ function showPictures() {
           : []),
       ]),
       layout: { xaxis: position },
+      note: runs
+        .map((run) => [run, run.positions.allowance_note])
+        .filter(([, text]) => text)
+        .map(([run, text]) => (several ? `${clip(String(run.name), 60)}: ${text}` : text))
+        .join(" "),
     }),
     340,
   );
