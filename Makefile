@@ -50,6 +50,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/token_statistics.py
 	$(BIN)/python benchmarks/trl_step.py
 	$(BIN)/python benchmarks/inspect_log.py
+	$(BIN)/python benchmarks/certificate.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

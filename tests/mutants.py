@@ -34,6 +34,7 @@ KILLERS = (
     "test_ties.py",
     "test_vectors.py",
     "test_metrics.py",
+    "test_certificate.py",
     "test_divergence.py",
     "test_selection.py",
     "test_gradients.py",

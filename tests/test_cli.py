@@ -29,7 +29,7 @@ def test_without_the_train_extra_the_command_says_what_is_missing():
     assert done.stderr == "cppo: the command line needs typer: pip install 'cppo[train]' (beside verl: 'cppo[verl]')\n"
 
 
-@pytest.mark.parametrize("name", [[], ["train"], ["eval"], ["methods"], ["doctor"]])
+@pytest.mark.parametrize("name", [[], ["train"], ["eval"], ["compare"], ["bound", "verify"], ["methods"], ["doctor"]])
 def test_help_has_examples(name):
     done = cppo_command(*name, "--help")
     assert done.returncode == 0

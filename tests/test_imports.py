@@ -24,8 +24,9 @@ HEAVY = (
     "peft",
     "pandas",
     "rich",
+    "scipy",
 )
-CORE = ("methods", "specs", "inputs", "rules", "decision", "objective", "metrics", "theory", "ops")
+CORE = ("methods", "specs", "inputs", "rules", "decision", "objective", "metrics", "certificate", "theory", "ops")
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -132,12 +133,28 @@ def test_imports_inside_ops_run_in_no_circle():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "adapters").rglob("*.py")), ids=ids)
 def test_adapters_know_the_core_and_no_laboratory(file):
-    assert not {room(m) for m in imports(file) if m.startswith("cppo")} & {"lab", "cli", "doctor"}
+    assert not {room(m) for m in imports(file) if m.startswith("cppo")} & {"lab", "cli", "doctor", "compare"}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "lab").rglob("*.py")), ids=ids)
+def test_the_laboratory_knows_no_comparison(file):
+    assert not {room(m) for m in imports(file) if m.startswith("cppo")} & {"compare", "cli", "doctor"}
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "inspect").rglob("*.py")), ids=ids)
 def test_inspect_reads_logs_and_knows_nobody_who_writes_them(file):
     assert not {room(m) for m in imports(file) if m.startswith("cppo")} & {"adapters", "lab", "cli", "doctor"}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "bound").rglob("*.py")), ids=ids)
+def test_bound_reads_logs_and_the_core_and_only_its_command_a_runs_settings(file):
+    above = {"lab"} if file.name == "command.py" else set()
+    assert {room(m) for m in imports(file) if m.startswith("cppo.")} <= {"bound", "inspect", "printable", *CORE} | above
+
+
+def test_the_enumeration_takes_nothing_from_the_package():
+    for name in ("policies", "enumeration"):
+        assert {room(m) for m in imports(ROOT / "bound" / f"{name}.py") if m.startswith("cppo")} <= {"bound"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=ids)

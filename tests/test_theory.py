@@ -87,6 +87,20 @@ def test_residual_bounds_are_the_formulas():
             assert by_product <= by_union <= uniform
 
 
+def test_the_pathwise_residual_is_the_formula():
+    assert theory.residual_bound_pathwise([F(3, 2), F(1, 4), F(2)], xi=F(1, 2)) == F(1, 2) * (
+        F(1, 2) * F(3, 4) + F(1, 2) * 1 + F(3, 4) * 1
+    )
+    assert theory.residual_bound_pathwise([F(7)], xi=F(1)) == 0
+    assert theory.residual_bound_pathwise([5.0], xi=1.0) == 0.0
+    assert theory.residual_bound_pathwise([0, 0], xi=1) == 1  # a token that pi cannot write
+    dice = random.Random(10)
+    for T in (1, 2, 3, 5, 17, 40):
+        ratio = [2.0 * dice.random() for _ in range(T)]
+        pairs = sum(abs(F(a) - 1) * abs(F(b) - 1) for a, b in itertools.combinations(ratio, 2))
+        assert close(theory.residual_bound_pathwise(ratio, xi=1.5), F(3, 2) * pairs, T)
+
+
 def test_residual_coefficients():
     assert theory.residual_coefficient(xi=F(1, 2), T=4, lbar=F(1, 5)) == [F(6, 5), F(4, 5), F(2, 5), 0]
     assert theory.residual_coefficient(xi=1.0, T=1, lbar=0.3) == [0.0]
@@ -457,6 +471,20 @@ def test_proposition_4_and_its_product_form_bound_the_residual():
         assert total <= theory.residual_bound_uniform(u, xi=xi, lbar=max(limit[1:]))
 
 
+def test_the_mean_of_the_pathwise_residual_lies_between_the_residual_and_proposition_4():
+    attained = 0
+    for problem in problems():
+        bound = sum(
+            problem.chance(problem.mu, y)
+            * theory.residual_bound_pathwise([problem.ratio(y, t) for t in range(problem.T)], xi=problem.xi)
+            for y in paths(problem.V, problem.T)
+        )
+        assert abs(problem.residual) <= bound
+        assert bound <= theory.residual_bound(problem.mean_divergence, problem.limit, xi=problem.xi)
+        attained += abs(problem.residual) == bound > 0
+    assert attained > 10
+
+
 def test_proposition_4_is_attained_with_two_tokens():
     attained = 0
     for problem in problems():
@@ -613,6 +641,7 @@ SEQUENCES = {
     theory.residual_bound: ("mean_divergence", "limit", "xi"),
     theory.residual_bound_product: ("mean_divergence", "limit", "xi"),
     theory.residual_bound_uniform: ("mean_divergence", "xi", "lbar"),
+    theory.residual_bound_pathwise: ("ratio", "xi"),
     theory.largest_limit: ("threshold", "position_weight"),
     theory.meets_monotonicity: ("position_weight",),
 }
@@ -621,6 +650,7 @@ ENTRIES = {
     "mean_divergence": ((-0.1, 1.0000001, math.nan, math.inf), "[0, 1]"),
     "position_weight": ((0, -0.1, math.nan, math.inf), "(0, inf)"),
     "threshold": ((-0.1, math.nan, math.inf), "[0, inf)"),
+    "ratio": ((-0.1, math.nan, math.inf), "[0, inf)"),
 }
 ALL = SCALARS | SEQUENCES
 

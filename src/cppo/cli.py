@@ -1,4 +1,4 @@
-"""The command line: ``cppo train``, ``cppo eval``, ``cppo inspect``, ``cppo methods``, ``cppo doctor``."""
+"""The command line: ``cppo train``, ``eval``, ``compare``, ``inspect``, ``bound``, ``methods``, ``doctor``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cppo.bound.command import app as bound_app
+from cppo.compare.command import EXAMPLES, compare
 from cppo.methods import CORRECTIONS, METHODS, SETTINGS, Setting, parse_method, takes_topk
 from cppo.printable import printable
 from cppo.specs import parse_spec, with_option
@@ -31,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
+app.add_typer(bound_app, name="bound")
 
 
 @app.command(
@@ -64,6 +67,9 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over each rollout batch.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="AdamW's.")] = None,
     max_completion_tokens: Annotated[int | None, typer.Option(help="Longest response; default: the task's.")] = None,
+    certificate: Annotated[
+        bool | None, typer.Option("--certificate", help="Log an estimate of the policy-improvement bound an update.")
+    ] = None,
     eval_problems: Annotated[int | None, typer.Option(help="Held-out problems an evaluation.")] = None,
     eval_samples: Annotated[int | None, typer.Option(help="Samples a held-out problem (Avg@k).")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Rollouts between evaluations.")] = None,
@@ -219,6 +225,9 @@ def inspect(
         print_document(document, _console(stderr=False))
         if html is not None:
             print(f"{printable(str(html))}: the page")
+
+
+app.command(epilog=EXAMPLES)(compare)
 
 
 @app.command(epilog="Examples:  cppo methods  |  cppo methods trm_max  |  cppo methods --json")

@@ -49,6 +49,22 @@ def residual_bound_product(mean_divergence: Sequence[float], limit: Sequence[flo
     return _residual(mean_divergence, suffix_tv_product(limit), xi)
 
 
+def residual_bound_pathwise(ratio: Sequence[float], *, xi: float) -> float:
+    """Return xi sum_{t<j} |rho_t - 1| |rho_j - 1| of one response; its mean over mu is >= |Delta|. Not in the paper.
+
+    For rho_{t+1:T} - 1 = sum_{j>t} (rho_j - 1) rho_{j+1:T}, and E_mu[rho_{j+1:T}] <= 1 given y_{1:j}. The mean is never
+    above ``residual_bound`` with the smallest valid limits: E_mu[|rho_j - 1|] = 2 D_j given y_{1:j-1}. It needs sampled
+    tokens alone, no limit and no divergence: the mean over a batch estimates a bound without bias, and with a variance
+    that grows with the ratios. ``ratio`` is rho_1..rho_T, each in [0, inf).
+    """
+    _check(xi=xi)
+    _check_each("ratio", ratio, 0, math.inf)
+    gap = [abs(rho - 1) for rho in ratio]
+    # |rho_1 - 1| + .. + |rho_{t-1} - 1| before each token; a zero of the entries' own type.
+    before = itertools.accumulate(gap[:-1], initial=0 * gap[0])
+    return xi * sum(g * b for g, b in zip(gap, before, strict=True))
+
+
 def residual_coefficient(*, xi: float, T: int, lbar: float) -> list[float]:
     """Return lambda_t = 4 xi lbar (T - t) for t = 1..T; Prop. 4 with one limit for all tokens. The last is 0."""
     _check(xi=xi, T=T, lbar=lbar)

@@ -359,4 +359,4 @@ def test_problems_are_frozen():
     [problem] = RunningSum().problems("train", 1, 0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         problem.prompt = "x"
-    assert set(TASKS) == {"running_sum", "reasoning_gym", "math"}
+    assert set(TASKS) == {"running_sum", "long_tail_sum", "reasoning_gym", "math"}

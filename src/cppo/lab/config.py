@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from cppo.methods import needed_inputs, parse_method
+from cppo.methods import needed_inputs, parse_method, takes_topk
+from cppo.specs import parse_spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,8 @@ class RunConfig:
 
     Args:
         task: as ``make_task`` takes it, such as ``running_sum`` or ``reasoning_gym:chain_sum?min_terms=2``.
-        model: "tiny" (built in process and warm-started on the task's demonstrator), a folder, or a hub id.
+        model: "tiny" (built in process and warm-started on the task's demonstrator), also with its layers, width and
+            heads, such as ``tiny?layers=4&width=144&heads=6``; a folder; or a hub id.
         gguf_file: the file inside ``model`` if that is a folder with a GGUF checkpoint.
         method: as ``parse_method`` takes it.
         divergence_top_k: K of a method whose divergence is top-K.
@@ -34,8 +36,11 @@ class RunConfig:
         schedule: "constant" or "linear": from ``learning_rate`` to 0 at the last update.
         warmup: updates over which the learning rate rises to ``learning_rate``.
         temperature: of sampling, in the rollouts and the evaluation.
+        sampler_noise: standard deviation of Gaussian noise on the sampler's logits, as if the sampling engine's
+            numerics differed from the trainer's; 0: the trainer's own policy samples.
         max_completion_tokens: None: the task's.
         skip_zero_variance: leave responses of groups with equal rewards out of the loss and of its denominator.
+        certificate: log what each update's batch says of the policy-improvement bound, ``bound/*`` (docs/theory.md).
         eval_problems: held-out problems an evaluation.
         eval_samples: samples a held-out problem.
         eval_every: rollouts between evaluations; the start and the end are always evaluated.
@@ -63,8 +68,10 @@ class RunConfig:
     schedule: str = "constant"
     warmup: int = 0
     temperature: float = 1.0
+    sampler_noise: float = 0.0
     max_completion_tokens: int | None = None
     skip_zero_variance: bool = True
+    certificate: bool = False
     eval_problems: int = 512
     eval_samples: int = 1
     eval_every: int = 2
@@ -103,7 +110,10 @@ class RunConfig:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 hint = "; YAML reads 1e-4 as text, 1.0e-4 as a number" if isinstance(value, str) else ""
                 raise ValueError(f"{name}={value!r}: expected a number > 0{hint}")
+        self._check_noise()
         self._check_schedule()
+        if self.tiny:
+            tiny_shape(self.model)
 
     def _check_schedule(self) -> None:
         if self.schedule not in ("constant", "linear"):
@@ -116,10 +126,19 @@ class RunConfig:
             raise ValueError(
                 f"gradient_accumulation={self.gradient_accumulation}: expected a divisor of minibatch {self.minibatch}"
             )
-        if self.updates == 1:
+        if self.updates == 1 and self.sampler_noise == 0:
             raise ValueError(
                 f"minibatch={self.minibatch}, epochs={self.epochs}: expected more than one update a rollout; with one, "
                 "the policy is the rollout policy and a trust region can never act"
+            )
+
+    def _check_noise(self) -> None:
+        noise = self.sampler_noise
+        if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
+            raise ValueError(f"sampler_noise={noise!r}: expected a number >= 0")
+        if noise and any(takes_topk(parse_method(method)) for method in (self.method, *self.beside)):
+            raise ValueError(
+                f"sampler_noise={noise!r}: expected 0 with a top-K divergence; the noisy engine returns none"
             )
 
     def _check_texts(self) -> None:
@@ -133,10 +152,16 @@ class RunConfig:
                 _check_text(name, item)
         if self.gguf_file is not None:
             _check_text("gguf_file", self.gguf_file)
-            if self.model == "tiny":
+            if self.tiny:
                 raise ValueError(f"gguf_file={self.gguf_file!r}: expected model to be the folder that holds it")
-        if not isinstance(self.skip_zero_variance, bool):
-            raise ValueError(f"skip_zero_variance={self.skip_zero_variance!r}: expected true or false")
+        for name in ("skip_zero_variance", "certificate"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected true or false")
+
+    @property
+    def tiny(self) -> bool:
+        """Whether the model is built in process."""
+        return self.model.partition("?")[0] == "tiny"
 
     @property
     def responses(self) -> int:
@@ -147,6 +172,18 @@ class RunConfig:
     def updates(self) -> int:
         """Optimizer updates a rollout."""
         return self.responses // self.minibatch * self.epochs
+
+
+def tiny_shape(model: str) -> dict[str, int]:
+    """Return the ``layers``, ``width`` and ``heads`` that a ``tiny`` model's name gives, as keyword arguments."""
+    _, options = parse_spec(model)
+    for key, value in options.items():
+        if key not in ("layers", "width", "heads"):
+            raise ValueError(f"model={model!r}: {key!r} is no option of it; expected layers, width or heads")
+        _check_integer(f"model={model!r}: {key}", value, 1)
+    if options.get("width", 64) % (2 * options.get("heads", 4)):
+        raise ValueError(f"model={model!r}: expected a width that is a multiple of twice the heads")
+    return options
 
 
 def _check_text(name: str, value: object) -> None:

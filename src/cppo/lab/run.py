@@ -24,11 +24,12 @@ from transformers import (
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from trl.trainer.grpo_config import GRPOConfig
 
-from cppo.lab.config import RunConfig, dump_config
+from cppo.lab.config import RunConfig, dump_config, tiny_shape
 from cppo.lab.evaluation import Evaluation, evaluate
 from cppo.lab.folder import RunFolder, read_json, read_metrics, write_whole
 from cppo.lab.ledger import CpuLedger
 from cppo.lab.model import build_char_tokenizer, build_tiny_model, check_pretrained, load_pretrained
+from cppo.lab.noisy_engine import NoisyEngine
 from cppo.lab.problems import SPLITS, Demonstrable, Task
 from cppo.lab.tasks import make_task
 from cppo.lab.trainer import LabTrainer, TaskReward
@@ -43,7 +44,9 @@ _TRL_METRICS = {
     "entropy": "policy/entropy",
     "grad_norm": "optimizer/gradient_norm",
 }
-_OWN_GROUPS = ("gate/", "divergence/", "account/", "ratio/", "input/")
+# Of the tiny model at width 64; wider models take less.
+_WARM_START_RATE = 5e-3
+_OWN_GROUPS = ("gate/", "divergence/", "account/", "ratio/", "input/", "bound/")
 
 
 class Observer(Protocol):
@@ -142,6 +145,7 @@ class Run:
         with warnings.catch_warnings():
             # Frameworks' notices about each other's coming versions; ours are raised as errors in the tests.
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message="You are using 'rollout_func'")  # the noisy engine is one
             trainer = LabTrainer(
                 model,
                 args=self._trl_config(),
@@ -151,9 +155,11 @@ class Run:
                 method=parse_method(config.method),
                 divergence_top_k=config.divergence_top_k,
                 peft_config=_lora(config.lora_rank),
+                rollout_func=self._engine(),
                 reward=reward,
                 ledger=self.ledger,
                 skip_zero_variance=config.skip_zero_variance,
+                certificate=config.certificate,
                 on_rows=self._rows.extend,
             )
             _only_our_display(trainer)
@@ -182,6 +188,12 @@ class Run:
         """The longest response, end token included."""
         return self.config.max_completion_tokens or self.task.max_completion_tokens
 
+    def _engine(self) -> NoisyEngine | None:
+        config = self.config
+        if config.sampler_noise == 0:
+            return None
+        return NoisyEngine(config.sampler_noise, config.temperature, self.max_completion_tokens)
+
     def flush_rows(self) -> None:
         """Write the rollout batch that has just been used up."""
         with self.ledger.phase("own"):
@@ -191,24 +203,12 @@ class Run:
 
     def _load_start(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         config = self.config
-        if config.model != "tiny":
+        if not config.tiny:
             return load_pretrained(config.model, gguf_file=config.gguf_file)
-        if (self.start / "model.safetensors").is_file():
-            return load_pretrained(str(self.start))
-        tokenizer = build_char_tokenizer(check_demonstrated(self.task))
-        model = build_tiny_model(tokenizer, seed=config.seed)
-        self.observer.phase("warm start", config.warm_start_steps)
-        if config.warm_start_steps:
+        if not (self.start / "model.safetensors").is_file():
             with self.ledger.phase("warm start"):
-                warm_start(
-                    model, tokenizer, self.task, steps=config.warm_start_steps, seed=config.seed,
-                    on_step=lambda *_: self.observer.advance(),
-                )  # fmt: skip
-        temporary = self.start.with_name(self.start.name + ".tmp")
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        os.replace(temporary, self.start)
-        return model, tokenizer
+                make_start(config, self.start, self.observer)
+        return load_pretrained(str(self.start))
 
     def _trl_config(self) -> GRPOConfig:
         config = self.config
@@ -283,13 +283,31 @@ class Run:
         return summary
 
 
+def make_start(config: RunConfig, path: Path, observer: Observer) -> None:
+    """Build the tiny model of these settings, let it imitate the task's demonstrator, and write it to a new folder."""
+    task = make_task(config.task)
+    tokenizer = build_char_tokenizer(check_demonstrated(task))
+    model = build_tiny_model(tokenizer, seed=config.seed, **tiny_shape(config.model))
+    observer.phase("warm start", config.warm_start_steps)
+    if config.warm_start_steps:
+        warm_start(
+            model, tokenizer, task, steps=config.warm_start_steps, seed=config.seed,
+            learning_rate=_WARM_START_RATE * min(1.0, 64 / model.config.hidden_size),
+            on_step=lambda *_: observer.advance(),
+        )  # fmt: skip
+    temporary = path.with_name(path.name + ".tmp")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    os.replace(temporary, path)
+
+
 def start_run(config: RunConfig, path: Path) -> RunFolder:
     """Make the folder of a new run, after everything that can be checked was checked."""
     task = make_task(config.task)
     for split in SPLITS:
         task.problems(split, 1, config.seed)  # a task without problems of one kind says so
     _check_trackers(config.report_to)
-    if config.model == "tiny":
+    if config.tiny:
         check_demonstrated(task)
     else:
         check_pretrained(config.model, config.gguf_file)

@@ -1,0 +1,246 @@
+// The comparison's page: pictures of a document that cppo.compare.analysis made, and its tables.
+
+const SEARCHED = " (searched)";
+const study = JSON.parse(byId("data").textContent);
+const settings = Object.entries(study.settings);
+const armNames = [...new Set(settings.flatMap(([, setting]) => Object.keys(setting.arms)))];
+const baseNames = [...new Set(armNames.map((name) => name.replace(SEARCHED, "")))];
+const SCORE_TITLES = { final: "last evaluation", best: "best evaluation", area: "mean of the evaluations" };
+
+const kind = () => byId("kind").value;
+
+// An arm and the same one after a search share a colour.
+function hue(name) {
+  return colour(baseNames.indexOf(name.replace(SEARCHED, "")));
+}
+
+function dash(name) {
+  if (name.endsWith(SEARCHED)) return "dot";
+  return baseNames.indexOf(name) >= COLOURS ? "dash" : "solid";
+}
+
+function shown(name) {
+  const choice = byId("arms").value;
+  if (choice === "given") return !name.endsWith(SEARCHED);
+  if (choice === "searched") return name.endsWith(SEARCHED);
+  return true;
+}
+
+function drawn(setting) {
+  return Object.entries(setting.arms).filter(([name]) => shown(name));
+}
+
+function band(x, low, high, hueOf) {
+  if (low.some((value) => value === null)) return [];
+  return [
+    {
+      type: "scatter",
+      mode: "lines",
+      x: [...x, ...[...x].reverse()],
+      y: [...high, ...[...low].reverse()],
+      fill: "toself",
+      fillcolor: hueOf,
+      opacity: 0.15,
+      line: { width: 0 },
+      hoverinfo: "skip",
+    },
+  ];
+}
+
+function accuracy(setting) {
+  const arms = drawn(setting);
+  return {
+    lines: arms.map(([name, arm]) => ({
+      name,
+      colour: hue(name),
+      style: dash(name),
+      x: arm.curve.rollout,
+      y: arm.curve.accuracy,
+    })),
+    traces: arms.flatMap(([name, arm]) => band(arm.curve.rollout, arm.curve.low, arm.curve.high, hue(name))),
+    layout: { xaxis: titled("rollout"), yaxis: titled("accuracy"), hovermode: "closest" },
+  };
+}
+
+function curve(setting, name, title, log) {
+  return {
+    lines: drawn(setting)
+      .filter(([, arm]) => arm.curve.curves[name])
+      .map(([arm, { curve: { curves } }]) => ({
+        name: arm,
+        colour: hue(arm),
+        style: dash(arm),
+        x: curves[name].map((_, index) => index + 1),
+        y: curves[name],
+      })),
+    layout: {
+      xaxis: titled("rollout"),
+      yaxis: titled(title, log ? { type: "log", rangemode: "normal" } : {}),
+      hovermode: "closest",
+    },
+  };
+}
+
+function seedDots(setting) {
+  const arms = drawn(setting);
+  const traces = arms.flatMap(([name, arm]) => {
+    const score = arm.scores[kind()];
+    const bounds = score.mean_interval;
+    return [
+      {
+        type: "scatter",
+        mode: "markers",
+        x: score.values,
+        y: score.values.map(() => plain(name)),
+        text: arm.seeds.map((seed) => `seed ${seed}`),
+        hovertemplate: "%{text}: %{x:.3f}<extra></extra>",
+        marker: { color: hue(name), size: 6, opacity: 0.45 },
+      },
+      {
+        type: "scatter",
+        mode: "markers",
+        x: [score.mean],
+        y: [plain(name)],
+        hovertemplate: "mean %{x:.3f}<extra></extra>",
+        marker: { color: hue(name), size: 11, symbol: "diamond" },
+        error_x: bounds
+          ? {
+              type: "data",
+              symmetric: false,
+              array: [bounds[1] - score.mean],
+              arrayminus: [score.mean - bounds[0]],
+              color: hue(name),
+            }
+          : undefined,
+      },
+    ];
+  });
+  return {
+    traces,
+    layout: {
+      xaxis: titled(SCORE_TITLES[kind()]),
+      yaxis: { autorange: "reversed", type: "category" },
+      hovermode: "closest",
+      margin: { l: 150, r: 12, t: 8, b: 40 },
+    },
+  };
+}
+
+// Reference less arm, a row a setting and arm.
+function differences(setting, name) {
+  const found = drawn(setting)
+    .map(([arm, entry]) => [arm, entry.scores[kind()].reference_less_arm])
+    .filter(([, difference]) => difference && difference.interval);
+  return {
+    traces: found.map(([arm, difference]) => ({
+      type: "scatter",
+      mode: "markers",
+      x: [difference.mean],
+      y: [plain(arm)],
+      hovertemplate: `%{x:.3f}, ${difference.pairs} pairs<extra></extra>`,
+      marker: { color: hue(arm), size: 10 },
+      error_x: {
+        type: "data",
+        symmetric: false,
+        array: [difference.interval[1] - difference.mean],
+        arrayminus: [difference.mean - difference.interval[0]],
+        color: hue(arm),
+      },
+    })),
+    title: `${name}: ${study.reference} less each arm`,
+    layout: {
+      xaxis: titled(`difference, ${SCORE_TITLES[kind()]}`, { zeroline: true, zerolinewidth: 2 }),
+      yaxis: { autorange: "reversed", type: "category", rangemode: "normal" },
+      hovermode: "closest",
+      margin: { l: 150, r: 12, t: 8, b: 40 },
+    },
+  };
+}
+
+function alongAxis(value, title) {
+  const names = armNames.filter(shown);
+  const lines = names.map((name) => {
+    const points = settings
+      .filter(([, setting]) => setting.arms[name])
+      .map(([setting, { arms }]) => [study.at[setting], value(arms[name])])
+      .sort((a, b) => a[0] - b[0]);
+    return { name, colour: hue(name), style: dash(name), x: points.map((p) => p[0]), y: points.map((p) => p[1]) };
+  });
+  return { lines, layout: { xaxis: titled(study.axis), yaxis: titled(title), hovermode: "closest" } };
+}
+
+function height(setting) {
+  return 90 + 30 * Object.keys(setting.arms).length;
+}
+
+function showPictures() {
+  if (study.axis) {
+    byId("axis").hidden = false;
+    byId("axis-title").textContent = `Along ${study.axis}`;
+    const parent = byId("axis-pictures");
+    picture(parent, "Accuracy", "Mean over the seeds.", () =>
+      alongAxis((arm) => arm.scores[kind()].mean, SCORE_TITLES[kind()]));
+    picture(parent, "Drift", "Mean |pi - mu| of the sampled tokens.", () => alongAxis((arm) => arm.stability.gap, "drift"));
+    picture(parent, "Masked", "Share of the tokens.", () => alongAxis((arm) => arm.stability.masked, "masked"));
+  }
+  for (const [name, setting] of settings) {
+    picture(
+      byId("differences"), name,
+      "Paired by seed; 95 % bootstrap interval. Right of 0: the reference is better.",
+      () => differences(setting, name), height(setting),
+    );
+    const parent = make("div", { class: "pictures" });
+    byId("curves").append(make("h3", {}, name), parent);
+    picture(parent, "Held-out accuracy", "Mean over the seeds, 95 % interval.", () => accuracy(setting));
+    picture(parent, "Every seed", "A dot a seed; diamond: the mean, 95 % interval.", () => seedDots(setting), height(setting));
+    for (const [key, title, log] of [
+      ["gap", "Drift: mean |pi - mu|", true],
+      ["tail", "Drift of the tenth that drifted most", true],
+      ["masked", "Masked share", false],
+      ["entropy", "Entropy", false],
+      ["gradient_norm", "Gradient norm", true],
+      ["length", "Response length", false],
+    ]) {
+      picture(parent, title, "Mean over a rollout's updates and the seeds.", () => curve(setting, key, title, log));
+    }
+  }
+}
+
+function showTables() {
+  byId("tables").replaceChildren(
+    ...study.tables[kind()].flatMap((one) => {
+      const columns = one.headings.map((title, place) => ({
+        title,
+        value: (row) => row[place],
+        show: (value) => String(value),
+        text: place === 0,
+      }));
+      return [
+        make("h3", {}, one.title),
+        make("div", { class: "scroll" }, table(columns, one.rows)),
+        make("p", { class: "note" }, one.note),
+      ];
+    }),
+  );
+}
+
+options(byId("kind"), Object.entries(SCORE_TITLES));
+options(
+  byId("arms"),
+  armNames.some((name) => name.endsWith(SEARCHED))
+    ? [["all", "all"], ["given", "as given"], ["searched", "after the search"]]
+    : [["all", "all"]],
+);
+byId("about").textContent =
+  `${study.runs} runs, ${study.cpu_hours} CPU hours. Reference: ${study.reference}.` +
+  (study.missing ? ` ${study.missing} runs are still missing.` : "");
+showPictures();
+showTables();
+renderAll();
+watchTheScreen();
+for (const id of ["kind", "arms"]) {
+  byId(id).addEventListener("change", () => {
+    renderAll();
+    showTables();
+  });
+}

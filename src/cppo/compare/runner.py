@@ -1,0 +1,143 @@
+"""Runs what is missing of a study, some processes side by side, each on one thread; every finished run is kept."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from cppo.compare.results import ResultFolder
+from cppo.compare.study import Cell
+from cppo.compare.worker import make_cell_start, prepare, run_cell
+
+# What keeps a process of numerical libraries to one core.
+_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class Runner:
+    """Runs cells into a folder.
+
+    Args:
+        folder: where the lines go.
+        jobs: processes, >= 1.
+        keep: keep each run's own folder under ``runs/``.
+        console: of the progress bar.
+        quiet: no bar.
+    """
+
+    def __init__(self, folder: ResultFolder, jobs: int, console: Console, *, keep: bool, quiet: bool) -> None:
+        self._folder, self._jobs, self._keep = folder, jobs, keep
+        self._console, self._quiet = console, quiet
+        self._seconds: dict[str, list[float]] = {}
+        self.failed: list[str] = []
+
+    def run(self, title: str, cells: Iterable[Cell]) -> None:
+        """Run the cells that have no line yet."""
+        rows = self._folder.rows()
+        for row in rows.values():
+            self._seconds.setdefault(row["setting"], []).append(row["wall_seconds"])
+        missing = list({cell.key: cell for cell in cells if cell.key not in rows}.values())
+        if not missing:
+            return
+        starts = {cell.start_key: cell for cell in missing if cell.config.tiny}
+        starts = {key: cell for key, cell in starts.items() if not self._start(key).exists()}
+        with (
+            _one_thread(),
+            ProcessPoolExecutor(
+                min(self._jobs, len(missing)), multiprocessing.get_context("spawn"), initializer=prepare
+            ) as pool,
+            self._progress() as progress,
+        ):
+            try:
+                self._work(
+                    pool, progress, f"{title}: warm starts", list(starts.values()),
+                    lambda cell: pool.submit(make_cell_start, cell.config, self._start(cell.start_key)), None,
+                )  # fmt: skip
+                self._work(pool, progress, title, missing, lambda cell: self._submit(pool, cell), self._folder.append)
+            except BaseException:
+                for process in list(getattr(pool, "_processes", {}).values()):
+                    process.terminate()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _start(self, key: str) -> Any:
+        return self._folder.starts / key
+
+    def _submit(self, pool: ProcessPoolExecutor, cell: Cell) -> Any:
+        start = self._start(cell.start_key) if cell.config.tiny else None
+        return pool.submit(run_cell, cell, start, self._folder.runs, keep=self._keep)
+
+    def _work(
+        self,
+        pool: ProcessPoolExecutor,
+        progress: Progress,
+        title: str,
+        cells: list[Cell],
+        submit: Callable[[Cell], Any],
+        done: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        if not cells:
+            return
+        bar = progress.add_task(title, total=len(cells), left="")
+        pending = {submit(cell): cell for cell in cells}
+        for future in concurrent.futures.as_completed(list(pending)):
+            cell = pending.pop(future)
+            try:
+                row = future.result()
+            except BrokenProcessPool:
+                raise ValueError(
+                    f"{title}: a worker process died, out of memory perhaps; what was finished is kept: run the same "
+                    "command again, with fewer --jobs"
+                ) from None
+            except Exception as error:  # noqa: BLE001  one run's failure must not cost the others
+                self._failed(cell, error)
+            else:
+                if done is not None:
+                    done(row)
+                    self._seconds.setdefault(cell.setting, []).append(row["wall_seconds"])
+            progress.update(bar, advance=1, left=self._left(pending.values()) if done else "")
+        progress.remove_task(bar)
+
+    def _failed(self, cell: Cell, error: Exception) -> None:
+        name = f"{cell.setting} / {cell.arm} / seed {cell.seed}"
+        self.failed.append(f"{name}: {type(error).__name__}: {error}")
+        self._folder.fail({"key": cell.key, "cell": name, "error": "".join(traceback.format_exception(error))})
+
+    def _left(self, cells: Iterable[Cell]) -> str:
+        """Return the time that the remaining runs will take, from those that have ended."""
+        everything = [second for seconds in self._seconds.values() for second in seconds]
+        if not everything:
+            return ""
+        left = sum(statistics.median(self._seconds.get(cell.setting) or everything) for cell in cells) / self._jobs
+        return f"about {time.strftime('%H:%M:%S', time.gmtime(left))} left"
+
+    def _progress(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"),
+            console=self._console, transient=True, disable=self._quiet,
+        )  # fmt: skip
+
+
+class _one_thread:  # noqa: N801  read as a statement
+    """The environment that the worker processes start in."""
+
+    def __enter__(self) -> None:
+        self._before = {name: os.environ.get(name) for name in _ONE_THREAD}
+        os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,266 @@
+"""What is compared: settings, arms, seeds, and a search of equal budget; every cell is one run of the laboratory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cppo.lab.config import RunConfig
+from cppo.methods import parse_method
+from cppo.specs import parse_spec
+
+SEARCHED = " (searched)"
+# What does not change a run's numbers, or is the study's own to set.
+_NOT_SETTINGS = ("method", "seed", "beside", "report_to", "threads", "checkpoint_every")
+_ROW_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run: an arm in a setting with a seed.
+
+    ``key`` is a hash of what decides the run's numbers, so that a cell is found again whatever the study calls it.
+    """
+
+    setting: str
+    arm: str
+    config: RunConfig
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.config.seed
+
+    @property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits."""
+        return _hash(_deciding(self.config) | {"format": _ROW_FORMAT})
+
+    @property
+    def start_key(self) -> str:
+        """The same for the warm start, which all arms of a setting and seed share."""
+        names = ("task", "model", "gguf_file", "warm_start_steps", "seed")
+        return _hash({name: getattr(self.config, name) for name in names})
+
+
+def _deciding(config: RunConfig) -> dict[str, Any]:
+    """Every field that differs from its default, bar those that do not change the numbers."""
+    content = dataclasses.asdict(config)
+    default = dataclasses.asdict(RunConfig())
+    same = ("beside", "report_to", "threads", "checkpoint_every")
+    always = ("task", "method", "seed", "rollouts", "epochs", "learning_rate")
+    return {k: v for k, v in content.items() if k not in same and (k in always or v != default[k])}
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Where an arm's own settings come from: a few candidates, the same number for every arm, on seeds of their own.
+
+    First the arm's method as the study gives it, at every learning rate (``factors`` times the setting's); then its
+    other ``knobs`` at the best of these. The best mean of all evaluations after the start wins.
+    """
+
+    seeds: tuple[int, ...]
+    factors: tuple[float, ...]
+    knobs: Mapping[str, tuple[str, ...]]  # arm -> methods
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A comparison.
+
+    Args:
+        title: of the report.
+        seeds: of the reported runs, the same in every arm.
+        settings: name -> fields of ``RunConfig``, over those of ``base``.
+        arms: name -> fields of ``RunConfig``, ``method`` among them, over those of the setting.
+        reference: the arm that the others are compared with.
+        search: None: every arm as it is given.
+        axis: what ``at`` counts, if the settings are points on an axis.
+        at: setting -> its place on the axis.
+    """
+
+    title: str
+    seeds: tuple[int, ...]
+    settings: Mapping[str, Mapping[str, Any]]
+    arms: Mapping[str, Mapping[str, Any]]
+    reference: str
+    search: Search | None = None
+    axis: str | None = None
+    at: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for cell in self.cells():  # every run's settings are checked before the first starts
+            del cell
+        if self.reference not in self.arms:
+            raise ValueError(f"reference={self.reference!r}: expected one of the arms, {', '.join(self.arms)}")
+        if self.search is not None:
+            self._check_search(self.search)
+
+    def _check_search(self, search: Search) -> None:
+        if shared := set(search.seeds) & set(self.seeds):
+            raise ValueError(f"search: seeds: {min(shared)} is reported too; expected seeds that are not reported")
+        counts = {arm: len(knobs) for arm, knobs in search.knobs.items()}
+        for arm in counts:
+            if arm not in self.arms:
+                raise ValueError(f"search: knobs: {arm!r} is no arm; expected some of {', '.join(self.arms)}")
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"search: knobs: expected as many candidates for every arm, got {counts}")
+        for setting in self.settings:
+            for arm in search.knobs:
+                for method, factor in self.candidates(arm):
+                    self.config(setting, arm, search.seeds[0], method=method, factor=factor)
+
+    def candidates(self, arm: str) -> Iterator[tuple[str, float]]:
+        """Yield every method and learning-rate factor that the search may choose for an arm."""
+        assert self.search is not None
+        for method in (str(self.arms[arm]["method"]), *self.search.knobs[arm]):
+            for factor in self.search.factors:
+                yield method, factor
+
+    def config(self, setting: str, arm: str, seed: int, *, method: str | None = None, factor: float = 1.0) -> RunConfig:
+        """Return the settings of one run; ``method`` and ``factor`` (of the learning rate) are a search's."""
+        fields = dict(self.settings[setting]) | dict(self.arms[arm]) | {"seed": seed}
+        if method is not None:
+            fields["method"] = method
+        try:
+            config = RunConfig(**fields)
+            config = dataclasses.replace(config, learning_rate=config.learning_rate * factor)
+            return dataclasses.replace(config, checkpoint_every=config.rollouts)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"setting {setting!r}, arm {arm!r}: {error}") from None
+
+    def cells(self, chosen: Mapping[str, Mapping[str, Any]] | None = None) -> list[Cell]:
+        """Return the reported runs, one seed of every arm before the next seed of any.
+
+        Args:
+            chosen: setting -> arm -> ``{"method", "factor"}``, what a search chose; those runs come besides.
+        """
+        cells = []
+        for seed in self.seeds:
+            for setting in self.settings:
+                for arm in self.arms:
+                    cells.append(Cell(setting, arm, self.config(setting, arm, seed)))
+                for arm, choice in (chosen or {}).get(setting, {}).items():
+                    config = self.config(setting, arm, seed, method=choice["method"], factor=choice["factor"])
+                    cells.append(Cell(setting, arm + SEARCHED, config))
+        return cells
+
+
+def load_study(path: Path) -> Study:
+    """Read a study from YAML; docs/compare.md describes the form.
+
+    Raises:
+        ValueError: naming the file and what in it is wrong.
+    """
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    try:
+        return make_study(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def make_study(content: Any) -> Study:
+    """Return the study that a mapping describes, with the names of ``load_study``'s YAML."""
+    content = _mapping("the study", content)
+    known = ("title", "seeds", "base", "settings", "arms", "reference", "search", "axis")
+    _check_known("the study", content, known)
+    base = _run_fields("base", _mapping("base", content.get("base", {})))
+    settings, at = {}, {}
+    for name, fields in _mapping("settings", content.get("settings", {"default": {}})).items():
+        own = dict(_mapping(f"settings: {name}", fields))
+        place = own.pop("at", None)
+        if place is not None:
+            at[name] = _number(f"settings: {name}: at", place)
+        settings[name] = _run_fields(f"settings: {name}", {**base, **own})
+    arms = {}
+    for name, fields in _mapping("arms", content.get("arms")).items():
+        own = {"method": fields} if isinstance(fields, str) else dict(_mapping(f"arms: {name}", fields))
+        if "method" not in own:
+            raise ValueError(f"arms: {name}: expected a method")
+        arms[name] = {"method": own.pop("method")} | _run_fields(f"arms: {name}", own)
+        if name.endswith(SEARCHED):
+            raise ValueError(f"arms: {name!r}: expected a name without {SEARCHED!r}")
+    if not arms or not settings:
+        raise ValueError("the study: expected at least one arm and one setting")
+    axis = content.get("axis")
+    if axis is not None and (not isinstance(axis, str) or set(at) != set(settings)):
+        raise ValueError(f"axis={axis!r}: expected a text, and `at: NUMBER` in every setting")
+    return Study(
+        title=str(content.get("title", "Comparison")),
+        seeds=_seeds("seeds", content.get("seeds", {"first": 0, "count": 10})),
+        settings=settings, arms=arms, reference=str(content.get("reference", next(iter(arms)))),
+        search=_search(content["search"]) if content.get("search") is not None else None, axis=axis, at=at,
+    )  # fmt: skip
+
+
+def _search(content: Any) -> Search:
+    content = _mapping("search", content)
+    _check_known("search", content, ("seeds", "factors", "knobs"))
+    factors = content.get("factors", [1.0])
+    if not isinstance(factors, list) or not factors:
+        raise ValueError(f"search: factors={factors!r}: expected a list of numbers")
+    knobs = {}
+    for arm, methods in _mapping("search: knobs", content.get("knobs")).items():
+        if not isinstance(methods, list) or not all(isinstance(method, str) for method in methods):
+            raise ValueError(f"search: knobs: {arm}: expected a list of methods, got {methods!r}")
+        knobs[arm] = tuple(methods)
+    return Search(
+        seeds=_seeds("search: seeds", content.get("seeds")),
+        factors=tuple(_number("search: factors", factor) for factor in factors),
+        knobs=knobs,
+    )
+
+
+def _seeds(name: str, content: Any) -> tuple[int, ...]:
+    content = _mapping(name, content)
+    _check_known(name, content, ("first", "count"))
+    first, count = content.get("first", 0), content.get("count", 10)
+    for key, value, low in (("first", first, 0), ("count", count, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{name}: {key}={value!r}: expected an integer >= {low}")
+    return tuple(range(first, first + count))
+
+
+def _run_fields(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    fields = [field.name for field in dataclasses.fields(RunConfig) if field.name not in _NOT_SETTINGS]
+    _check_known(name, content, fields)
+    return dict(content)
+
+
+def _mapping(name: str, content: Any) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{name}: expected names with values, got {content!r}")
+    return content
+
+
+def _check_known(name: str, content: Mapping[str, Any], known: tuple[str, ...] | list[str]) -> None:
+    for key in content:
+        if key not in known:
+            raise ValueError(f"{name}: unknown {key!r}; expected some of {', '.join(known)}")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"{name}={value!r}: expected a number > 0")
+    return float(value)
+
+
+def arm_name(method: str) -> str:
+    """Return a short name of a method: as it is written if its knobs are few."""
+    parse_method(method)
+    name, options = parse_spec(method)
+    return name if not options else method

@@ -1,0 +1,164 @@
+"""A document's numbers, counted again from the lines by hand."""
+
+import json
+import statistics
+
+import numpy as np
+import pytest
+from rows import SEARCH, line, lines, study
+
+from cppo.compare.analysis import analyse, collapsed
+from cppo.compare.page import write_report
+from cppo.compare.statistics import interval, mean_of_means
+from cppo.compare.tables import all_tables, as_markdown, for_terminal, headlines
+
+pytestmark = pytest.mark.train
+FINAL = {
+    ("calm", "cppo"): [0.9, 0.8, 0.85, 0.95], ("calm", "grpo"): [0.8, 0.9, 0.7, 0.9],
+    ("calm", "none"): [0.5, 0.6, 0.4, 0.1], ("wild", "cppo"): [0.7, 0.6, 0.65, 0.75],
+    ("wild", "grpo"): [0.1, 0.65, 0.6, 0.7], ("wild", "none"): [0.1, 0.1, 0.1, 0.1],
+}  # fmt: skip
+
+
+def accuracy(cell):
+    return [0.25, 0.6, FINAL[cell.setting, cell.arm][cell.seed]]
+
+
+@pytest.fixture(scope="module")
+def document():
+    plan = study()
+    return analyse(plan, lines(plan.cells(), accuracy), {})
+
+
+def test_scores_are_those_of_the_lines(document):
+    for (setting, arm), values in FINAL.items():
+        entry = document["settings"][setting]["arms"][arm]
+        scores = entry["scores"]
+        assert scores["final"]["values"] == values
+        assert scores["final"]["mean"] == pytest.approx(statistics.fmean(values))
+        assert scores["final"]["iqm"] == pytest.approx(statistics.fmean(sorted(values)[1:3]))
+        assert scores["best"]["values"] == [max(0.6, value) for value in values]
+        assert scores["area"]["values"] == pytest.approx([(0.6 + value) / 2 for value in values])
+        assert entry["collapsed"] == sum(value < 0.5 * max(0.6, value) for value in values)
+        assert entry["start"] == 0.25
+        assert entry["stability"]["gap"] == pytest.approx(0.15)
+        assert entry["stability"]["first_gap"] == 0.1
+        assert entry["stability"]["tail"] == pytest.approx(0.4)
+        assert entry["stability"]["budget_share"] is None
+    assert document["settings"]["wild"]["arms"]["none"]["collapsed"] == 4
+    assert document["settings"]["wild"]["arms"]["grpo"]["collapsed"] == 1
+    assert document["missing"] == 0
+    assert document["runs"] == 24
+    assert document["cpu_hours"] == pytest.approx(0.24)
+
+
+def test_differences_are_paired_by_seed(document):
+    against = document["settings"]["wild"]["arms"]["grpo"]["scores"]["final"]["reference_less_arm"]
+    differences = [a - b for a, b in zip(FINAL["wild", "cppo"], FINAL["wild", "grpo"], strict=True)]
+    assert against["mean"] == pytest.approx(statistics.fmean(differences))
+    assert against["deviation"] == pytest.approx(statistics.stdev(differences))
+    assert against["interval"] == pytest.approx(interval([np.array(differences)], mean_of_means))
+    assert against["pairs"] == 4
+    assert against["reference"] == "cppo"
+    wins = sum((a > b) + 0.5 * (a == b) for a in FINAL["wild", "cppo"] for b in FINAL["wild", "grpo"])
+    assert against["probability"] == pytest.approx(wins / 16)
+    # Four seeds: the smallest p is 1/8; two arms are compared.
+    assert document["settings"]["wild"]["arms"]["none"]["scores"]["final"]["reference_less_arm"]["p"] == 0.125
+    assert document["settings"]["wild"]["arms"]["none"]["scores"]["final"]["reference_less_arm"]["p_holm"] == 0.25
+    assert "reference_less_arm" not in document["settings"]["wild"]["arms"]["cppo"]["scores"]["final"]
+
+
+def test_settings_weigh_the_same_overall(document):
+    entry = document["overall"]["cppo"]["final"]
+    assert entry["mean"] == pytest.approx((0.875 + 0.675) / 2)
+    against = document["overall"]["grpo"]["final"]["reference_less_arm"]
+    assert against["mean"] == pytest.approx((0.05 + 0.1625) / 2)
+    assert against["interval"][0] < against["mean"] < against["interval"][1]
+    assert document["overall"]["none"]["collapsed"] == 5
+    assert document["overall"]["none"]["runs"] == 8
+
+
+def test_what_is_missing_is_left_out_and_said():
+    plan = study()
+    rows = lines(plan.cells(), accuracy)
+    gone = [
+        cell
+        for cell in plan.cells()
+        if (cell.setting, cell.arm, cell.seed) in (("wild", "cppo", 1), ("wild", "grpo", 3))
+    ]
+    for cell in gone:
+        del rows[cell.key]
+    document = analyse(plan, rows, {})
+    assert document["missing"] == 2
+    against = document["settings"]["wild"]["arms"]["grpo"]["scores"]["final"]["reference_less_arm"]
+    assert against["pairs"] == 2  # seeds 0 and 2
+    assert against["mean"] == pytest.approx(((0.7 - 0.1) + (0.65 - 0.6)) / 2)
+    assert document["settings"]["wild"]["arms"]["cppo"]["seeds"] == [0, 2, 3]
+
+
+def test_one_seed_gives_numbers_without_intervals(tmp_path):
+    plan = study(seeds={"first": 0, "count": 1})
+    document = analyse(plan, lines(plan.cells(), accuracy), {})
+    score = document["settings"]["calm"]["arms"]["grpo"]["scores"]["final"]
+    assert score["mean_interval"] is None
+    assert score["reference_less_arm"]["p"] is None
+    assert score["reference_less_arm"]["interval"] is None
+    as_markdown(all_tables(document))
+    write_report(tmp_path / "report.html", document)
+
+
+def test_an_arm_that_was_searched_is_compared_with_the_searched_reference():
+    plan = study(search=SEARCH)
+    chosen = {
+        setting: {"cppo": {"method": "cppo?delta_b=0.03", "factor": 0.5, "tried": []},
+                  "grpo": {"method": "grpo", "factor": 1, "tried": []}}
+        for setting in ("calm", "wild")
+    }  # fmt: skip
+    rows = {}
+    for cell in plan.cells(chosen):
+        searched = cell.arm == "cppo (searched)"
+        rows.setdefault(cell.key, line(cell, [0.2, 0.95 if searched else 0.5]))
+    found = analyse(plan, rows, chosen)["settings"]["calm"]["arms"]
+    # The search left grpo as it was: the same runs, read twice.
+    assert found["grpo (searched)"]["scores"]["final"]["values"] == found["grpo"]["scores"]["final"]["values"]
+    against = found["grpo (searched)"]["scores"]["final"]["reference_less_arm"]
+    assert (against["reference"], against["mean"]) == ("cppo (searched)", pytest.approx(0.45))
+    assert found["grpo"]["scores"]["final"]["reference_less_arm"]["reference"] == "cppo"
+    assert "reference_less_arm" not in found["cppo (searched)"]["scores"]["final"]
+    assert found["cppo (searched)"]["learning_rate"] == 0.5e-4
+
+
+def test_a_run_that_ends_below_half_of_its_best_collapsed():
+    assert not collapsed({"accuracy": [0.2, 0.8, 0.4]})
+    assert collapsed({"accuracy": [0.2, 0.8, 0.39]})
+    assert collapsed({"accuracy": [0.3, 0.1]})  # it never learned, and lost what it had
+
+
+def test_tables_show_the_documents_numbers(document):
+    tables = {table.title: table for table in all_tables(document, "final")}
+    table = tables["wild: final accuracy on held-out problems"]
+    row = dict(zip(table.headings, next(row for row in table.rows if row[0] == "grpo"), strict=True))
+    assert row["mean"].startswith("0.512 [")  # 0.5125
+    assert row["reference less arm"].startswith("+0.163 [") or row["reference less arm"].startswith("+0.162 [")
+    assert row["every seed, sorted"] == "0.10 0.60 0.65 0.70"
+    assert tables["wild: stability"].rows[2][1] == "4 of 4"
+    assert all(len(row) == len(table.headings) for table in tables.values() for row in table.rows)
+    narrow = headlines(document, "final")
+    assert [table.title for table in narrow] == ["calm: final accuracy", "wild: final accuracy"]
+    assert all(len(row) == len(table.headings) for table in narrow for row in table.rows)
+    for_terminal(narrow)
+
+
+def test_markdown_has_a_cell_a_column_whatever_a_name_holds():
+    names = {"a|b": "cppo", "*c* [red]": {"method": "grpo"}}
+    plan = study(arms=names, reference="a|b")
+    document = analyse(plan, lines(plan.cells(), lambda cell: [0.2, 0.5]), {})
+    text = as_markdown(all_tables(document))
+    rows = [row for row in text.splitlines() if row.startswith("| a\\|b")]
+    assert rows
+    assert all(row.replace("\\|", "").count("|") in (12, 13, 9) for row in rows)
+
+
+def test_the_document_survives_json(document):
+    text = json.dumps(document, allow_nan=False)
+    assert json.dumps(json.loads(text)) == text

@@ -1,0 +1,119 @@
+"""The comparison's page in a real Chromium: its numbers, its choices, and names that are markup."""
+
+import shutil
+
+import pytest
+from playwright.sync_api import sync_playwright
+from rows import SEARCH, line, lines, study
+
+from cppo.compare.analysis import analyse
+from cppo.compare.page import write_report
+
+pytestmark = pytest.mark.train
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.fail("no chromium found: apt-get install chromium (these tests drive the report page in it)")
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def show(browser, tmp_path):
+    complaints, contexts = [], []
+
+    def opened(document, **settings):
+        path = tmp_path / f"report-{len(contexts)}.html"
+        write_report(path, document)
+        contexts.append(browser.new_context(viewport={"width": 1200, "height": 900}, **settings))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda r: complaints.append(r.url) if r.url != path.as_uri() else None)
+        page.goto(path.as_uri())
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def accuracy(cell):
+    lead = cell.arm == "cppo"
+    return [0.25, 0.5 + 0.1 * lead + 0.02 * cell.seed, 0.6 + 0.2 * lead + 0.012 * cell.seed]
+
+
+def cells_of(page, title):
+    """The rows of the table under a heading, as lists of text."""
+    heading = page.get_by_role("heading", name=title, exact=True)
+    table = heading.locator("xpath=following-sibling::div[1]").locator("table")
+    return [row.locator("th, td").all_inner_texts() for row in table.locator("tbody tr").all()]
+
+
+def test_the_page_shows_the_documents_numbers_and_follows_the_choice_of_score(show):
+    plan = study()
+    page = show(analyse(plan, lines(plan.cells(), accuracy), {}))
+    assert page.locator("h1").inner_text() == "made up"
+    assert page.locator("#about").inner_text().startswith("24 runs, 0.24 CPU hours. Reference: cppo.")
+    rows = cells_of(page, "calm: final accuracy on held-out problems")
+    assert [row[0] for row in rows] == ["cppo", "grpo", "none"]
+    assert rows[0][3].startswith("0.818 [")
+    assert rows[1][7].startswith("+0.200 [")
+    page.select_option("#kind", "best")
+    assert cells_of(page, "calm: best accuracy on held-out problems")[0][3].startswith("0.818 [")
+    page.select_option("#kind", "area")
+    # (0.6 + 0.02 s + 0.8 + 0.012 s) / 2 over the seeds 0 to 3
+    assert cells_of(page, "calm: area accuracy on held-out problems")[0][3].startswith("0.724 [")
+    # A picture of differences a setting, and eight a setting below.
+    assert page.locator(".plot").count() == 2 + 2 * 8
+    assert page.locator("#axis").is_hidden()
+
+
+def test_arms_after_a_search_can_be_looked_at_alone(show):
+    plan = study(search=SEARCH)
+    choice = {
+        "cppo": {"method": "cppo?delta_b=0.03", "factor": 0.5, "tried": []},
+        "grpo": {"method": "grpo", "factor": 1, "tried": []},
+    }
+    chosen = dict.fromkeys(plan.settings, choice)
+    rows = {}
+    for cell in plan.cells(chosen):
+        rows.setdefault(cell.key, line(cell, [0.2, 0.5]))
+    page = show(analyse(plan, rows, chosen))
+    legend = page.locator("#curves .legend").first
+    assert legend.locator("li").all_inner_texts() == ["cppo", "grpo", "none", "cppo (searched)", "grpo (searched)"]
+    page.select_option("#arms", "searched")
+    assert legend.locator("li").all_inner_texts() == ["cppo (searched)", "grpo (searched)"]
+    page.select_option("#arms", "given")
+    assert legend.locator("li").all_inner_texts() == ["cppo", "grpo", "none"]
+
+
+def test_settings_on_an_axis_are_drawn_along_it(show):
+    settings = {"few": {"at": 2, "learning_rate": 1e-4}, "many": {"at": 8, "learning_rate": 1e-3}}
+    plan = study(axis="updates a rollout", settings=settings)
+    page = show(analyse(plan, lines(plan.cells(), accuracy), {}))
+    assert page.locator("#axis-title").inner_text() == "Along updates a rollout"
+    assert page.locator("#axis .plot").count() == 3
+
+
+def test_names_that_are_markup_are_text(show):
+    name = '<img src=x onerror="document.title=1"><script>document.title=2</script>'
+    plan = study(title=name, arms={name: "cppo", "grpo": "grpo"}, reference=name)
+    page = show(analyse(plan, lines(plan.cells(), lambda cell: [0.2, 0.5]), {}))
+    assert page.locator("h1").inner_text() == name
+    assert page.title() == name
+    assert cells_of(page, "calm: final accuracy on held-out problems")[0][0] == name
+    assert page.locator("img").count() == 0
+
+
+@pytest.mark.parametrize("settings", [{"color_scheme": "dark"}, {"is_mobile": True, "has_touch": True}])
+def test_the_page_opens_in_the_dark_and_on_a_phone(show, settings):
+    plan = study()
+    page = show(analyse(plan, lines(plan.cells(), accuracy), {}), **settings)
+    assert page.locator("#curves svg.main-svg").count() > 0

@@ -1,0 +1,157 @@
+"""What a study says, what it refuses, and when two cells are the same run."""
+
+import copy
+import dataclasses
+
+import pytest
+from rows import CONTENT, SEARCH, study
+
+from cppo.compare.search import choose, first_cells, score, second_cells
+from cppo.compare.study import SEARCHED, Cell, load_study, make_study
+from cppo.lab.config import RunConfig
+
+pytestmark = pytest.mark.train
+
+
+def test_cells_are_every_arm_in_every_setting_seed_by_seed():
+    cells = study().cells()
+    assert [(c.seed, c.setting, c.arm) for c in cells[:4]] == [
+        (0, "calm", "cppo"), (0, "calm", "grpo"), (0, "calm", "none"), (0, "wild", "cppo")
+    ]  # fmt: skip
+    assert len(cells) == len({cell.key for cell in cells}) == 4 * 2 * 3
+    by_name = {(c.setting, c.arm): c.config for c in cells if c.seed == 0}
+    assert by_name["wild", "grpo"].learning_rate == 1e-3
+    assert by_name["wild", "none"].learning_rate == 2e-4
+    assert {(c.setting, c.config.epochs) for c in cells} == {("calm", 4), ("wild", 3)}
+    assert {c.config.method for c in cells} == {"cppo", "grpo", "policy_gradient"}
+
+
+def test_a_cell_is_known_by_what_decides_its_numbers():
+    config = RunConfig(seed=3)
+    key = Cell("a", "b", config).key
+    assert Cell("other", "names", config).key == key
+    for same in ({"threads": 2}, {"checkpoint_every": 1}, {"report_to": ("tensorboard",)}, {"beside": ("grpo",)}):
+        assert Cell("a", "b", dataclasses.replace(config, **same)).key == key
+    keys = {key}
+    for other in (
+        {"seed": 4}, {"method": "grpo"}, {"learning_rate": 1e-4}, {"eval_every": 1}, {"sampler_noise": 0.1},
+        {"model": "tiny?width=32"}, {"task": "long_tail_sum"}, {"skip_zero_variance": False}, {"rollouts": 13},
+    ):  # fmt: skip
+        keys.add(Cell("a", "b", dataclasses.replace(config, **other)).key)
+    assert len(keys) == 10
+
+
+def test_arms_share_a_start_and_seeds_do_not():
+    cells = study().cells()
+    starts = {}
+    for cell in cells:
+        starts.setdefault(cell.seed, set()).add(cell.start_key)
+    assert all(len(keys) == 1 for keys in starts.values())
+    assert len(set.union(*starts.values())) == 4
+
+
+def scores_of(cells, values):
+    return {cell.key: {"accuracy": [0.0, values(cell.config)]} for cell in cells}
+
+
+def test_a_search_takes_the_best_rate_first_and_then_the_best_knob():
+    plan = study(search=SEARCH)
+    first = first_cells(plan, plan.search)
+    assert len(first) == 2 * 2 * 2 * 2  # settings, arms, factors, seeds
+    assert {cell.seed for cell in first} == {100, 101}
+
+    def values(config):
+        slow = config.learning_rate in (0.5e-4, 0.5e-3)
+        better = config.method in ("cppo?delta_b=0.03",)
+        return 0.3 + 0.2 * slow + 0.1 * better + 0.01 * (config.seed == 101)
+
+    rows = scores_of(first, values)
+    second = second_cells(plan, plan.search, rows)
+    assert {(c.config.method, c.config.learning_rate) for c in second if c.setting == "calm"} == {
+        ("cppo?delta_b=0.03", 0.5e-4), ("grpo?clip_low=0.1&clip_high=0.1", 0.5e-4)
+    }  # fmt: skip
+    rows |= scores_of(second, values)
+    chosen = choose(plan, plan.search, rows)
+    assert chosen["wild"]["cppo"]["method"] == "cppo?delta_b=0.03"
+    assert chosen["wild"]["cppo"]["factor"] == 0.5
+    assert chosen["wild"]["grpo"]["method"] == "grpo"  # its knob is not better: as published
+    assert [t["score"] for t in chosen["wild"]["cppo"]["tried"]] == pytest.approx([0.305, 0.505, 0.605])
+    assert len(chosen["calm"]["grpo"]["tried"]) == 3
+    searched = [c for c in plan.cells(chosen) if c.arm.endswith(SEARCHED)]
+    assert {c.arm for c in searched} == {"cppo (searched)", "grpo (searched)"}
+    assert {c.seed for c in searched} == {0, 1, 2, 3}
+    assert {c.config.learning_rate for c in searched if c.setting == "wild"} == {0.5e-3}
+
+
+def test_a_candidate_all_of_whose_runs_failed_is_not_chosen():
+    plan = study(search=SEARCH)
+    rows = scores_of([c for c in first_cells(plan, plan.search) if c.config.learning_rate in (1e-4, 1e-3)],
+                     lambda config: 0.1)  # fmt: skip
+    assert {choice["factor"] for arms in choose(plan, plan.search, rows).values() for choice in arms.values()} == {1}
+
+
+def test_the_score_of_a_search_leaves_the_start_out():
+    assert score({"accuracy": [0.9, 0.2, 0.4]}) == pytest.approx(0.3)
+
+
+def changed(path, value):
+    content = copy.deepcopy(CONTENT) | {"search": copy.deepcopy(SEARCH)}
+    *parents, last = path
+    place = content
+    for parent in parents:
+        place = place[parent]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("reference",), "ppo", "reference='ppo': expected one of the arms, cppo, grpo, none"),
+        (("arms",), {}, "expected at least one arm"),
+        (("arms", "grpo"), {}, "arms: grpo: expected a method"),
+        (("arms", "grpo"), "clip", "setting 'calm', arm 'grpo': .*clip"),
+        (("arms", "grpo"), {"method": "grpo", "seed": 3}, "arms: grpo: unknown 'seed'"),
+        (("arms", "x (searched)"), "grpo", "expected a name without"),
+        (("settings", "calm"), {"rollout": 3}, "settings: calm: unknown 'rollout'"),
+        (("settings", "calm"), {"rollouts": 0}, "setting 'calm', arm 'cppo': rollouts=0: expected an integer >= 1"),
+        (("settings", "calm"), 3, "settings: calm: expected names with values, got 3"),
+        (("seeds",), {"first": -1}, "seeds: first=-1: expected an integer >= 0"),
+        (("seeds",), {"count": 0}, "seeds: count=0: expected an integer >= 1"),
+        (("seeds",), [1, 2], r"seeds: expected names with values, got \[1, 2\]"),
+        (("axis",), "updates", "axis='updates': expected a text, and `at: NUMBER` in every setting"),
+        (("settings", "calm", "at"), "far", "settings: calm: at='far': expected a number > 0"),
+        (("surprise",), 1, "the study: unknown 'surprise'"),
+        (("search", "seeds"), {"first": 3, "count": 5}, "search: seeds: 3 is reported too"),
+        (("search", "factors"), [], r"search: factors=\[\]: expected a list of numbers"),
+        (("search", "factors"), [0], "search: factors=0: expected a number > 0"),
+        (("search", "knobs", "none"), [], "expected as many candidates for every arm"),
+        (("search", "knobs", "ppo"), ["grpo"], "search: knobs: 'ppo' is no arm"),
+        (("search", "knobs", "grpo"), "grpo", "search: knobs: grpo: expected a list of methods"),
+        (("search", "knobs", "grpo"), ["grpo?clip=1"], "setting 'calm', arm 'grpo': .*clip"),
+    ],
+)  # fmt: skip
+def test_a_wrong_study_is_told_so(path, value, message):
+    with pytest.raises(ValueError, match=message):
+        make_study(changed(path, value))
+
+
+def test_a_file_that_is_no_study_is_named(tmp_path):
+    wrong = {"list.yaml": "- 1", "broken.yaml": "a: [", "deep.yaml": "[" * 3000, "date.yaml": "a: 2024-99-99"}
+    for name, text in wrong.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=name):
+            load_study(tmp_path / name)
+    with pytest.raises(ValueError, match=r"none\.yaml"):
+        load_study(tmp_path / "none.yaml")
+
+
+def test_every_study_of_the_repository_is_whole(pytestconfig):
+    files = sorted((pytestconfig.rootpath / "studies").glob("*.yaml"))
+    files += sorted((pytestconfig.rootpath / "src" / "cppo" / "compare").glob("*.yaml"))
+    assert len(files) > 1
+    for file in files:
+        assert load_study(file).cells()
