@@ -1275,4 +1275,84 @@ MUTANTS = [
         "ops/collectives.py",
         ("ranks without a process group", "if not dist.is_initialized():", "if False:"),
     ),
+    *_mutants(
+        "compare/statistics.py",
+        (
+            "comparison: IQM cuts a fifth",
+            "stats.trim_mean(values, 0.25, axis=axis)",
+            "stats.trim_mean(values, 0.2, axis=axis)",
+        ),
+        ("comparison: a tie is no half win", "+ 0.5 * (difference == 0)", "+ 0.0 * (difference == 0)"),
+        (
+            "comparison: a probability drawn without its pair",
+            "for (x, y), i in zip(strata, chosen, strict=True)",
+            "for (x, y), i in zip(strata, chosen[::-1], strict=True)",
+        ),
+        ("comparison: Holm without its maximum", "largest = max(largest, min(1.0,", "largest = max(0.0, min(1.0,"),
+        (
+            "comparison: Holm as Bonferroni",
+            "(len(p_values) - rank) * p_values[index]",
+            "len(p_values) * p_values[index]",
+        ),
+        (
+            "comparison: an interval of one seed",
+            "if not strata or min(map(len, strata)) < 2:",
+            "if not strata or min(map(len, strata)) < 1:",
+        ),
+        ("comparison: seeds for one side", "stats.norm.ppf(0.975)", "stats.norm.ppf(0.95)"),
+        (
+            "comparison: strata pooled in the mean",
+            "return np.mean([values.mean(axis=axis) for values in strata], axis=0)",
+            "return np.concatenate(strata, axis=axis).mean(axis=axis)",
+        ),
+    ),
+    *_mutants(
+        "compare/analysis.py",
+        ("comparison: collapse at a quarter", "final(row) < 0.5 * best(row)", "final(row) < 0.25 * best(row)"),
+        ("comparison: collapse includes the half", "final(row) < 0.5 * best(row)", "final(row) <= 0.5 * best(row)"),
+        (
+            "comparison: arm less reference",
+            "difference = x - y\n        probability",
+            "difference = y - x\n        probability",
+        ),
+        (
+            "comparison: searched arms against the given reference",
+            "if arm.endswith(SEARCHED) and searched in arms",
+            "if False and searched in arms",
+        ),
+        ("comparison: deviation of the population", "float(difference.std(ddof=1))", "float(difference.std(ddof=0))"),
+        (
+            "comparison: pairs of all seeds",
+            "arms.get(reference, {}).keys() & arms.get(arm, {}).keys()",
+            "arms.get(reference, {}).keys() | arms.get(arm, {}).keys()",
+        ),
+    ),
+    *_mutants(
+        "compare/search.py",
+        ("comparison: the score counts the start", 'row["accuracy"][1:]', 'row["accuracy"]'),
+        (
+            "comparison: knobs at the published rate",
+            "_cells(study, search, setting, arm, method, _best_factor(study, search, rows, setting, arm))",
+            "_cells(study, search, setting, arm, method, search.factors[0])",
+        ),
+    ),
+    *_mutants(
+        "compare/study.py",
+        (
+            "comparison: the key forgets the seed",
+            'always = ("task", "method", "seed",',
+            'content.pop("seed"); always = ("task", "method", "seed",',
+        ),
+        (
+            "comparison: the key hangs on threads",
+            'same = ("beside", "report_to", "threads", "checkpoint_every")',
+            'same = ("beside", "report_to", "checkpoint_every")',
+        ),
+        ("comparison: the start forgets the model", 'names = ("task", "model",', 'names = ("task",'),
+        (
+            "comparison: search seeds may be reported",
+            "if shared := set(search.seeds) & set(self.seeds):",
+            "if shared := set():",
+        ),
+    ),
 ]

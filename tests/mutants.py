@@ -50,6 +50,9 @@ KILLERS = (
     "test_token_statistics_memory.py",
     "test_token_statistics_input.py",
     "test_vocab_parallel.py",
+    "compare/test_statistics.py",
+    "compare/test_study.py",
+    "compare/test_analysis.py",
 )
 SECONDS_A_MUTANT = 300
 PASSED, FAILED, DOES_NOT_RUN = "passed", "failed", "does not run"

@@ -48,6 +48,11 @@ def test_arms_share_a_start_and_seeds_do_not():
         starts.setdefault(cell.seed, set()).add(cell.start_key)
     assert all(len(keys) == 1 for keys in starts.values())
     assert len(set.union(*starts.values())) == 4
+    config = RunConfig()
+    key = Cell("a", "b", config).start_key
+    for other in ({"task": "long_tail_sum"}, {"model": "tiny?width=32"}, {"warm_start_steps": 9}, {"seed": 1}):
+        assert Cell("a", "b", dataclasses.replace(config, **other)).start_key != key
+    assert Cell("a", "b", dataclasses.replace(config, method="grpo", epochs=3)).start_key == key
 
 
 def scores_of(cells, values):

@@ -38,7 +38,7 @@ def all_tables(document: dict[str, Any], kind: str = "final") -> list[Plain]:
 
 
 def headlines(document: dict[str, Any], kind: str) -> list[Plain]:
-    """Return one narrow table a setting: what stands at the end of a comparison in a terminal."""
+    """Return one narrow table a setting: what stands at the end of a comparison in 80 columns. lost: collapsed."""
     tables = []
     for name, setting in document["settings"].items():
         rows = []
@@ -47,12 +47,12 @@ def headlines(document: dict[str, Any], kind: str) -> list[Plain]:
             against = score.get("reference_less_arm", {})
             rows.append((
                 arm, str(len(entry["seeds"])), _estimate(score, "mean", 2),
-                _signed(against.get("mean"), against.get("interval"), 2), _p(against.get("p_holm")),
-                str(entry["collapsed"]), _number(figures["gap"]), _share(figures["masked"]),
+                _signed(against.get("mean"), against.get("interval"), 2), _p(against.get("p_holm"), 2),
+                str(entry["collapsed"]), _number(figures["gap"], 2), _share(figures["masked"]),
             ))  # fmt: skip
         tables.append(Plain(
             f"{name}: {kind} accuracy",
-            ("arm", "n", "mean [95 %]", f"{document['reference']} less arm", "p", "collapsed", "drift", "masked"), rows,
+            ("arm", "n", "mean [95 %]", f"{document['reference']} less arm", "p", "lost", "drift", "masked"), rows,
         ))  # fmt: skip
     return tables
 
@@ -165,7 +165,7 @@ def for_terminal(tables: list[Plain]) -> Group:
     """Return the tables for rich."""
     shown: list[Table | Text] = []
     for plain in tables:
-        table = Table(title=escape(plain.title), title_justify="left", box=None, pad_edge=False)
+        table = Table(title=escape(plain.title), title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
         for index, heading in enumerate(plain.headings):
             table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
         for row in plain.rows:
@@ -205,12 +205,12 @@ def _plain(value: float | None, interval: Interval) -> str:
     return f"{value:.2f}" + ("" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]")
 
 
-def _p(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _p(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"
 
 
 def _share(value: float | None) -> str:
