@@ -1276,7 +1276,7 @@ MUTANTS = [
         ("ranks without a process group", "if not dist.is_initialized():", "if False:"),
     ),
     *_mutants(
-        "compare/statistics.py",
+        "compare/estimates.py",
         (
             "comparison: IQM cuts a fifth",
             "stats.trim_mean(values, 0.25, axis=axis)",
@@ -1284,9 +1284,14 @@ MUTANTS = [
         ),
         ("comparison: a tie is no half win", "+ 0.5 * (difference == 0)", "+ 0.0 * (difference == 0)"),
         (
-            "comparison: a probability drawn without its pair",
-            "for (x, y), i in zip(strata, chosen, strict=True)",
-            "for (x, y), i in zip(strata, chosen[::-1], strict=True)",
+            "comparison: seeds of a setting drawn in another order",
+            "lambda index: statistic(scores[:, index])",
+            "lambda index: statistic(np.stack([s[index * (i + 1) % len(s)] for i, s in enumerate(scores)]))",
+        ),
+        (
+            "comparison: an interval that is not widened",
+            "-math.sqrt(seeds / (seeds - 1)) * stats.t.ppf(0.5 + CONFIDENCE / 2, seeds - 1)",
+            "-stats.norm.ppf(0.5 + CONFIDENCE / 2)",
         ),
         ("comparison: Holm without its maximum", "largest = max(largest, min(1.0,", "largest = max(0.0, min(1.0,"),
         (
@@ -1294,65 +1299,68 @@ MUTANTS = [
             "(len(p_values) - rank) * p_values[index]",
             "len(p_values) * p_values[index]",
         ),
-        (
-            "comparison: an interval of one seed",
-            "if not strata or min(map(len, strata)) < 2:",
-            "if not strata or min(map(len, strata)) < 1:",
-        ),
+        ("comparison: an interval of three seeds", "if seeds < FEWEST:", "if seeds < FEWEST - 1:"),
         ("comparison: seeds for one side", "stats.norm.ppf(0.975)", "stats.norm.ppf(0.95)"),
+        ("comparison: seeds that no test can use", "return max(fewest,", "return max(2,"),
         (
-            "comparison: strata pooled in the mean",
-            "return np.mean([values.mean(axis=axis) for values in strata], axis=0)",
-            "return np.concatenate(strata, axis=axis).mean(axis=axis)",
+            "comparison: the mean over settings alone",
+            "return scores.mean(axis=(0, -1))",
+            "return scores.mean(axis=0)[..., 0]",
         ),
     ),
     *_mutants(
-        "compare/analysis.py",
+        "compare/scores.py",
         ("comparison: collapse at a quarter", "final(row) < 0.5 * best(row)", "final(row) < 0.25 * best(row)"),
         ("comparison: collapse includes the half", "final(row) < 0.5 * best(row)", "final(row) <= 0.5 * best(row)"),
-        (
-            "comparison: arm less reference",
-            "difference = x - y\n        probability",
-            "difference = y - x\n        probability",
-        ),
+        ("comparison: no collapse below the start", 'final(row) < row["accuracy"][0] - 2 * error', "False"),
+        ("comparison: the area counts evaluations", "a * (now - before) for a, before, now", "a for a, before, now"),
+    ),
+    *_mutants(
+        "compare/analysis.py",
+        ("comparison: arm less reference", "difference = x - y", "difference = y - x"),
         (
             "comparison: searched arms against the given reference",
-            "if arm.endswith(SEARCHED) and searched in arms",
-            "if False and searched in arms",
+            'return study.reference + (SEARCHED if arm.endswith(SEARCHED) else "")',
+            "return study.reference",
         ),
         ("comparison: deviation of the population", "float(difference.std(ddof=1))", "float(difference.std(ddof=0))"),
         (
-            "comparison: pairs of all seeds",
-            "arms.get(reference, {}).keys() & arms.get(arm, {}).keys()",
-            "arms.get(reference, {}).keys() | arms.get(arm, {}).keys()",
+            "comparison: seeds of either",
+            "set.intersection(*(set(arms.get(name, {}))",
+            "set.union(*(set(arms.get(name, {}))",
+        ),
+        (
+            "comparison: a failed run counts as missing",
+            'why = "failed" if cell.key in failed else "missing"',
+            'why = "missing"',
         ),
     ),
     *_mutants(
         "compare/search.py",
-        ("comparison: the score counts the start", 'row["accuracy"][1:]', 'row["accuracy"]'),
         (
             "comparison: knobs at the published rate",
             "_cells(study, search, setting, arm, method, _best_factor(study, search, rows, setting, arm))",
             "_cells(study, search, setting, arm, method, search.factors[0])",
         ),
+        ("comparison: a search is finished after its first step", "return first or sum(", "return first or 0 * sum("),
     ),
     *_mutants(
         "compare/study.py",
         (
-            "comparison: the key forgets the seed",
-            'always = ("task", "method", "seed",',
-            'content.pop("seed"); always = ("task", "method", "seed",',
-        ),
-        (
             "comparison: the key hangs on threads",
-            'same = ("beside", "report_to", "threads", "checkpoint_every")',
-            'same = ("beside", "report_to", "checkpoint_every")',
+            "if name not in _NO_MATTER",
+            'if name not in _NO_MATTER or name == "threads"',
         ),
         ("comparison: the start forgets the model", 'names = ("task", "model",', 'names = ("task",'),
         (
             "comparison: search seeds may be reported",
             "if shared := set(search.seeds) & set(self.seeds):",
             "if shared := set():",
+        ),
+        (
+            "comparison: a line of other settings is taken",
+            "return row if all(content.get(name, value) == value for name, value in kept.items()) else None",
+            "return row",
         ),
     ),
 ]

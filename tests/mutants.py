@@ -50,7 +50,7 @@ KILLERS = (
     "test_token_statistics_memory.py",
     "test_token_statistics_input.py",
     "test_vocab_parallel.py",
-    "compare/test_statistics.py",
+    "compare/test_estimates.py",
     "compare/test_study.py",
     "compare/test_analysis.py",
 )

@@ -27,11 +27,11 @@ def line(cell, accuracy, **changes):
         "key": cell.key, "setting": cell.setting, "arm": cell.arm, "seed": cell.seed, "method": cell.config.method,
         "learning_rate": cell.config.learning_rate, "rollout": list(range(len(accuracy))), "accuracy": list(accuracy),
         "standard_error": [0.02] * len(accuracy), "curves": curves, "tail": [0.3, 0.5], "cpu_seconds": 36.0,
-        "wall_seconds": 40.0,
+        "wall_seconds": 40.0, "diverged": False, "config": cell.content, "versions": {"cppo": "0.1.0"},
     }  # fmt: skip
     return row | changes
 
 
 def lines(cells, accuracy):
-    """Lines by key; ``accuracy(cell)`` gives the evaluations."""
-    return {cell.key: line(cell, accuracy(cell)) for cell in cells}
+    """Lines of these cells; ``accuracy(cell)`` gives the evaluations."""
+    return [line(cell, accuracy(cell)) for cell in cells]

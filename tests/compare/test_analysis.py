@@ -1,15 +1,19 @@
 """A document's numbers, counted again from the lines by hand."""
 
+import io
 import json
 import statistics
 
 import numpy as np
 import pytest
+from rich.console import Console
 from rows import SEARCH, line, lines, study
 
-from cppo.compare.analysis import analyse, collapsed
+from cppo.compare.analysis import analyse
+from cppo.compare.estimates import interval, mean
 from cppo.compare.page import write_report
-from cppo.compare.statistics import interval, mean_of_means
+from cppo.compare.scores import collapsed
+from cppo.compare.study import Rows
 from cppo.compare.tables import all_tables, as_markdown, for_terminal, headlines
 
 pytestmark = pytest.mark.train
@@ -27,7 +31,7 @@ def accuracy(cell):
 @pytest.fixture(scope="module")
 def document():
     plan = study()
-    return analyse(plan, lines(plan.cells(), accuracy), {})
+    return analyse(plan, Rows(lines(plan.cells(), accuracy)), {}, {})
 
 
 def test_scores_are_those_of_the_lines(document):
@@ -57,7 +61,7 @@ def test_differences_are_paired_by_seed(document):
     differences = [a - b for a, b in zip(FINAL["wild", "cppo"], FINAL["wild", "grpo"], strict=True)]
     assert against["mean"] == pytest.approx(statistics.fmean(differences))
     assert against["deviation"] == pytest.approx(statistics.stdev(differences))
-    assert against["interval"] == pytest.approx(interval([np.array(differences)], mean_of_means))
+    assert against["interval"] == pytest.approx(interval(np.array([differences]), mean))
     assert against["pairs"] == 4
     assert against["reference"] == "cppo"
     wins = sum((a > b) + 0.5 * (a == b) for a in FINAL["wild", "cppo"] for b in FINAL["wild", "grpo"])
@@ -75,21 +79,24 @@ def test_settings_weigh_the_same_overall(document):
     assert against["mean"] == pytest.approx((0.05 + 0.1625) / 2)
     assert against["interval"][0] < against["mean"] < against["interval"][1]
     assert document["overall"]["none"]["collapsed"] == 5
-    assert document["overall"]["none"]["runs"] == 8
+    assert document["overall"]["none"]["seeds"] == 4
 
 
 def test_what_is_missing_is_left_out_and_said():
     plan = study()
-    rows = lines(plan.cells(), accuracy)
-    gone = [
-        cell
-        for cell in plan.cells()
-        if (cell.setting, cell.arm, cell.seed) in (("wild", "cppo", 1), ("wild", "grpo", 3))
-    ]
-    for cell in gone:
-        del rows[cell.key]
-    document = analyse(plan, rows, {})
-    assert document["missing"] == 2
+    gone = [("wild", "cppo", 1), ("wild", "grpo", 3)]
+    cells = {(cell.setting, cell.arm, cell.seed): cell for cell in plan.cells()}
+    rows = lines([cell for name, cell in cells.items() if name not in gone], accuracy)
+    document = analyse(plan, Rows(rows), {}, {cells["wild", "grpo", 3].key: "Traceback"})
+    assert (document["missing"], document["failed"]) == (2, 1)
+    assert document["settings"]["wild"]["without"] == {
+        "cppo": {"failed": 0, "missing": 1}, "grpo": {"failed": 1, "missing": 0}
+    }  # fmt: skip
+    note = next(t.note for t in all_tables(document) if t.title.startswith("wild: final"))
+    assert "cppo: 1 not run yet." in note
+    assert "grpo: 1 failed." in note
+    # Over all settings only the seeds count that are everywhere.
+    assert document["overall"]["grpo"]["seeds"] == 2
     against = document["settings"]["wild"]["arms"]["grpo"]["scores"]["final"]["reference_less_arm"]
     assert against["pairs"] == 2  # seeds 0 and 2
     assert against["mean"] == pytest.approx(((0.7 - 0.1) + (0.65 - 0.6)) / 2)
@@ -98,7 +105,7 @@ def test_what_is_missing_is_left_out_and_said():
 
 def test_one_seed_gives_numbers_without_intervals(tmp_path):
     plan = study(seeds={"first": 0, "count": 1})
-    document = analyse(plan, lines(plan.cells(), accuracy), {})
+    document = analyse(plan, Rows(lines(plan.cells(), accuracy)), {}, {})
     score = document["settings"]["calm"]["arms"]["grpo"]["scores"]["final"]
     assert score["mean_interval"] is None
     assert score["reference_less_arm"]["p"] is None
@@ -114,11 +121,8 @@ def test_an_arm_that_was_searched_is_compared_with_the_searched_reference():
                   "grpo": {"method": "grpo", "factor": 1, "tried": []}}
         for setting in ("calm", "wild")
     }  # fmt: skip
-    rows = {}
-    for cell in plan.cells(chosen):
-        searched = cell.arm == "cppo (searched)"
-        rows.setdefault(cell.key, line(cell, [0.2, 0.95 if searched else 0.5]))
-    found = analyse(plan, rows, chosen)["settings"]["calm"]["arms"]
+    rows = [line(cell, [0.2, 0.95 if cell.arm == "cppo (searched)" else 0.5]) for cell in plan.cells(chosen)]
+    found = analyse(plan, Rows(rows), chosen, {})["settings"]["calm"]["arms"]
     # The search left grpo as it was: the same runs, read twice.
     assert found["grpo (searched)"]["scores"]["final"]["values"] == found["grpo"]["scores"]["final"]["values"]
     against = found["grpo (searched)"]["scores"]["final"]["reference_less_arm"]
@@ -128,10 +132,40 @@ def test_an_arm_that_was_searched_is_compared_with_the_searched_reference():
     assert found["cppo (searched)"]["learning_rate"] == 0.5e-4
 
 
-def test_a_run_that_ends_below_half_of_its_best_collapsed():
-    assert not collapsed({"accuracy": [0.2, 0.8, 0.4]})
-    assert collapsed({"accuracy": [0.2, 0.8, 0.39]})
-    assert collapsed({"accuracy": [0.3, 0.1]})  # it never learned, and lost what it had
+def run(*accuracy, error=0.02):
+    return {"accuracy": list(accuracy), "standard_error": [error] * len(accuracy)}
+
+
+def test_a_run_that_ends_below_half_of_its_best_or_below_its_start_collapsed():
+    assert not collapsed(run(0.2, 0.8, 0.4))
+    assert collapsed(run(0.2, 0.8, 0.39))
+    assert collapsed(run(0.19, 0.18, 0.1))  # it never learned, and lost what it had
+    assert not collapsed(run(0.19, 0.18, 0.16))  # within two standard errors of where it began
+    assert collapsed(run(0.0, 0.5, 0.1, error=None))
+
+
+def test_curves_with_gaps_are_averaged_over_what_is_there():
+    plan = study(seeds={"first": 0, "count": 2})
+    rows = lines(plan.cells(), accuracy)
+    for row in rows:
+        row["curves"] = row["curves"] | {
+            "budget_share": [0.4, None] if row["seed"] else [None, None],
+            "gap": [0.1, None],
+        }
+        row["tail"] = [0.2, None]
+    arm = analyse(plan, Rows(rows), {}, {})["settings"]["calm"]["arms"]["cppo"]
+    assert arm["stability"]["budget_share"] == pytest.approx(0.4)
+    assert arm["stability"]["gap"] == pytest.approx(0.1)
+    assert arm["stability"]["tail"] == pytest.approx(0.2)
+    assert arm["curve"]["curves"]["gap"] == [pytest.approx(0.1), None]
+    assert arm["curve"]["curves"]["budget_share"] == [pytest.approx(0.4), None]
+
+
+def test_lines_of_several_versions_are_said():
+    plan = study()
+    rows = lines(plan.cells(), accuracy)
+    rows[0] = rows[0] | {"versions": {"cppo": "0.2.0"}}
+    assert analyse(plan, Rows(rows), {}, {})["versions"] == ["cppo 0.1.0", "cppo 0.2.0"]
 
 
 def test_tables_show_the_documents_numbers(document):
@@ -149,14 +183,20 @@ def test_tables_show_the_documents_numbers(document):
     for_terminal(narrow)
 
 
-def test_markdown_has_a_cell_a_column_whatever_a_name_holds():
-    names = {"a|b": "cppo", "*c* [red]": {"method": "grpo"}}
-    plan = study(arms=names, reference="a|b")
-    document = analyse(plan, lines(plan.cells(), lambda cell: [0.2, 0.5]), {})
-    text = as_markdown(all_tables(document))
-    rows = [row for row in text.splitlines() if row.startswith("| a\\|b")]
-    assert rows
-    assert all(row.replace("\\|", "").count("|") in (12, 13, 9) for row in rows)
+def test_names_that_are_markup_stand_in_every_table():
+    names = {"a|b [/x]": "cppo", "*c* [red]": {"method": "grpo"}}
+    plan = study(arms=names, reference="a|b [/x]")
+    document = analyse(plan, Rows(lines(plan.cells(), lambda cell: [0.2, 0.5])), {}, {})
+    tables = all_tables(document)
+    rows = [row for row in as_markdown(tables).splitlines() if row.startswith(("| a\\|b [/x]", "| *c* [red]"))]
+    widths = {len(table.headings) + 1 for table in tables}
+    assert len(rows) >= 10
+    assert {row.replace("\\|", "").count("|") for row in rows} <= widths
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(for_terminal(headlines(document, "final")))
+    text = console.export_text()
+    assert "a|b [/x]" in text
+    assert "*c* [red]" in text
 
 
 def test_the_document_survives_json(document):

@@ -115,4 +115,4 @@ def test_a_line_that_is_no_run_is_named(finished):
         file.write("[1]\n")
     done = compare(finished, "--report-only", cwd=finished.parent)
     assert done.returncode != 0
-    assert "results.jsonl, line 25: expected a JSON object with key, accuracy" in done.stderr
+    assert "results.jsonl, line 25: expected a JSON object with key, setting" in done.stderr

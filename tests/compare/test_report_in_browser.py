@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 from playwright.sync_api import sync_playwright
-from rows import SEARCH, line, lines, study
+from rows import SEARCH, lines, study
 
 from cppo.compare.analysis import analyse
 from cppo.compare.page import write_report
+from cppo.compare.study import Rows
 
 pytestmark = pytest.mark.train
 
@@ -58,7 +59,7 @@ def cells_of(page, title):
 
 def test_the_page_shows_the_documents_numbers_and_follows_the_choice_of_score(show):
     plan = study()
-    page = show(analyse(plan, lines(plan.cells(), accuracy), {}))
+    page = show(analyse(plan, Rows(lines(plan.cells(), accuracy)), {}, {}))
     assert page.locator("h1").inner_text() == "made up"
     assert page.locator("#about").inner_text().startswith("24 runs, 0.24 CPU hours. Reference: cppo.")
     rows = cells_of(page, "calm: final accuracy on held-out problems")
@@ -82,10 +83,7 @@ def test_arms_after_a_search_can_be_looked_at_alone(show):
         "grpo": {"method": "grpo", "factor": 1, "tried": []},
     }
     chosen = dict.fromkeys(plan.settings, choice)
-    rows = {}
-    for cell in plan.cells(chosen):
-        rows.setdefault(cell.key, line(cell, [0.2, 0.5]))
-    page = show(analyse(plan, rows, chosen))
+    page = show(analyse(plan, Rows(lines(plan.cells(chosen), lambda cell: [0.2, 0.5])), chosen, {}))
     legend = page.locator("#curves .legend").first
     assert legend.locator("li").all_inner_texts() == ["cppo", "grpo", "none", "cppo (searched)", "grpo (searched)"]
     page.select_option("#arms", "searched")
@@ -97,7 +95,7 @@ def test_arms_after_a_search_can_be_looked_at_alone(show):
 def test_settings_on_an_axis_are_drawn_along_it(show):
     settings = {"few": {"at": 2, "learning_rate": 1e-4}, "many": {"at": 8, "learning_rate": 1e-3}}
     plan = study(axis="updates a rollout", settings=settings)
-    page = show(analyse(plan, lines(plan.cells(), accuracy), {}))
+    page = show(analyse(plan, Rows(lines(plan.cells(), accuracy)), {}, {}))
     assert page.locator("#axis-title").inner_text() == "Along updates a rollout"
     assert page.locator("#axis .plot").count() == 3
 
@@ -105,7 +103,7 @@ def test_settings_on_an_axis_are_drawn_along_it(show):
 def test_names_that_are_markup_are_text(show):
     name = '<img src=x onerror="document.title=1"><script>document.title=2</script>'
     plan = study(title=name, arms={name: "cppo", "grpo": "grpo"}, reference=name)
-    page = show(analyse(plan, lines(plan.cells(), lambda cell: [0.2, 0.5]), {}))
+    page = show(analyse(plan, Rows(lines(plan.cells(), lambda cell: [0.2, 0.5])), {}, {}))
     assert page.locator("h1").inner_text() == name
     assert page.title() == name
     assert cells_of(page, "calm: final accuracy on held-out problems")[0][0] == name
@@ -115,5 +113,5 @@ def test_names_that_are_markup_are_text(show):
 @pytest.mark.parametrize("settings", [{"color_scheme": "dark"}, {"is_mobile": True, "has_touch": True}])
 def test_the_page_opens_in_the_dark_and_on_a_phone(show, settings):
     plan = study()
-    page = show(analyse(plan, lines(plan.cells(), accuracy), {}), **settings)
+    page = show(analyse(plan, Rows(lines(plan.cells(), accuracy)), {}, {}), **settings)
     assert page.locator("#curves svg.main-svg").count() > 0

@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
-from rows import CONTENT, SEARCH, study
+from rows import CONTENT, SEARCH, line, study
 
-from cppo.compare.search import choose, first_cells, score, second_cells
-from cppo.compare.study import SEARCHED, Cell, load_study, make_study
+from cppo.compare.scores import area
+from cppo.compare.search import choose, first_cells, second_cells, unfinished
+from cppo.compare.study import SEARCHED, Cell, Rows, load_study, make_study
 from cppo.lab.config import RunConfig
 
 pytestmark = pytest.mark.train
@@ -55,8 +57,8 @@ def test_arms_share_a_start_and_seeds_do_not():
     assert Cell("a", "b", dataclasses.replace(config, method="grpo", epochs=3)).start_key == key
 
 
-def scores_of(cells, values):
-    return {cell.key: {"accuracy": [0.0, values(cell.config)]} for cell in cells}
+def scored(cells, values):
+    return [line(cell, [0.0, values(cell.config)]) for cell in cells]
 
 
 def test_a_search_takes_the_best_rate_first_and_then_the_best_knob():
@@ -70,12 +72,15 @@ def test_a_search_takes_the_best_rate_first_and_then_the_best_knob():
         better = config.method in ("cppo?delta_b=0.03",)
         return 0.3 + 0.2 * slow + 0.1 * better + 0.01 * (config.seed == 101)
 
-    rows = scores_of(first, values)
-    second = second_cells(plan, plan.search, rows)
+    rows = scored(first, values)
+    assert unfinished(plan, plan.search, Rows(rows[1:])) == 1
+    second = second_cells(plan, plan.search, Rows(rows))
+    assert unfinished(plan, plan.search, Rows(rows)) == len(second) == 8
     assert {(c.config.method, c.config.learning_rate) for c in second if c.setting == "calm"} == {
         ("cppo?delta_b=0.03", 0.5e-4), ("grpo?clip_low=0.1&clip_high=0.1", 0.5e-4)
     }  # fmt: skip
-    rows |= scores_of(second, values)
+    rows = Rows(rows + scored(second, values))
+    assert unfinished(plan, plan.search, rows) == 0
     chosen = choose(plan, plan.search, rows)
     assert chosen["wild"]["cppo"]["method"] == "cppo?delta_b=0.03"
     assert chosen["wild"]["cppo"]["factor"] == 0.5
@@ -88,15 +93,25 @@ def test_a_search_takes_the_best_rate_first_and_then_the_best_knob():
     assert {c.config.learning_rate for c in searched if c.setting == "wild"} == {0.5e-3}
 
 
-def test_a_candidate_all_of_whose_runs_failed_is_not_chosen():
-    plan = study(search=SEARCH)
-    rows = scores_of([c for c in first_cells(plan, plan.search) if c.config.learning_rate in (1e-4, 1e-3)],
-                     lambda config: 0.1)  # fmt: skip
-    assert {choice["factor"] for arms in choose(plan, plan.search, rows).values() for choice in arms.values()} == {1}
+def test_the_area_leaves_the_start_out_and_weighs_by_rollouts():
+    assert area({"rollout": [0, 2, 4], "accuracy": [0.9, 0.2, 0.4]}) == pytest.approx(0.3)
+    assert area({"rollout": [0, 4, 8, 9], "accuracy": [0.0, 0.4, 0.4, 0.9]}) == pytest.approx(4.1 / 9)
 
 
-def test_the_score_of_a_search_leaves_the_start_out():
-    assert score({"accuracy": [0.9, 0.2, 0.4]}) == pytest.approx(0.3)
+def test_a_line_that_was_run_with_other_defaults_is_not_taken():
+    [cell, *_] = study().cells()
+    row = line(cell, [0.1, 0.2])
+    assert Rows([row]).of(cell) == row
+    assert Rows([json.loads(json.dumps(row))]).of(cell) == row
+    assert Rows([row | {"config": row["config"] | {"minibatch": 16}}]).of(cell) is None
+    # A setting that the laboratory has learned since, or has lost, says nothing.
+    assert Rows([row | {"config": {k: v for k, v in row["config"].items() if k != "certificate"}}]).of(cell)
+    assert Rows([row | {"config": row["config"] | {"gone": 1}}]).of(cell)
+
+
+def test_numbers_are_the_same_however_they_are_written():
+    whole, point = (Cell("a", "b", RunConfig(sampler_noise=noise)) for noise in (1, 1.0))
+    assert whole.key == point.key
 
 
 def changed(path, value):
@@ -124,11 +139,19 @@ def changed(path, value):
         (("settings", "calm"), {"rollout": 3}, "settings: calm: unknown 'rollout'"),
         (("settings", "calm"), {"rollouts": 0}, "setting 'calm', arm 'cppo': rollouts=0: expected an integer >= 1"),
         (("settings", "calm"), 3, "settings: calm: expected names with values, got 3"),
-        (("seeds",), {"first": -1}, "seeds: first=-1: expected an integer >= 0"),
-        (("seeds",), {"count": 0}, "seeds: count=0: expected an integer >= 1"),
+        (("seeds",), {"first": -1}, r"seeds: first=-1: expected an integer in \[0, 4294967295\]"),
+        (("seeds",), {"count": 0}, r"seeds: count=0: expected an integer in \[1, 100000\]"),
         (("seeds",), [1, 2], r"seeds: expected names with values, got \[1, 2\]"),
         (("axis",), "updates", "axis='updates': expected a text, and `at: NUMBER` in every setting"),
-        (("settings", "calm", "at"), "far", "settings: calm: at='far': expected a number > 0"),
+        (("settings", "calm", "at"), "far", "settings: calm: at='far': expected a number"),
+        (("seeds",), {"count": 50_000}, "expected at most 100,000 runs"),
+        (("arms", "grpo"), {"method": "grpo", "rollouts": 3}, "arms: grpo: unknown 'rollouts'"),
+        (("arms", "\x1b[31m"), "grpo", "expected printable text in one line"),
+        (("settings", "a\nb"), {}, "expected printable text in one line"),
+        (("arms", "\ud800"), "grpo", "expected printable text in one line"),
+        (("title",), "a\nb", "title: expected printable text in one line"),
+        (("search", "knobs"), {"grpo": ["grpo?clip_low=0.1"]}, "expected the reference 'cppo' among the arms"),
+        (("search", "knobs", "grpo"), ["grpo"], "expected methods that differ from each other and the arm's own"),
         (("surprise",), 1, "the study: unknown 'surprise'"),
         (("search", "seeds"), {"first": 3, "count": 5}, "search: seeds: 3 is reported too"),
         (("search", "factors"), [], r"search: factors=\[\]: expected a list of numbers"),

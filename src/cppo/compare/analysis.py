@@ -2,91 +2,88 @@
 
 from __future__ import annotations
 
-import statistics as python_statistics
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from cppo.compare.search import score as area
-from cppo.compare.statistics import (
+from cppo.compare.estimates import (
     Values,
     holm,
+    improvement,
     interquartile_mean,
     interval,
-    mean_of_means,
+    mean,
     pooled_interquartile_mean,
-    probability_interval,
     seeds_needed,
     sign_flip_p,
 )
-from cppo.compare.study import SEARCHED, Study
+from cppo.compare.scores import SCORES, Row, collapsed
+from cppo.compare.study import SEARCHED, Rows, Study
 
 FORMAT = 1
-Row = dict[str, Any]
 # Sizes of a difference for which the number of seeds is stated.
 DIFFERENCES = (0.02, 0.05, 0.1)
+Arms = dict[str, dict[int, Row]]  # arm -> seed -> line
 
 
-def final(row: Row) -> float:
-    """The last evaluation."""
-    return float(row["accuracy"][-1])
-
-
-def best(row: Row) -> float:
-    """The best evaluation in the window that all runs share (the paper's rule): biased upward, the same for all."""
-    return float(max(row["accuracy"]))
-
-
-def collapsed(row: Row) -> bool:
-    """Whether the run ends below half of its own best evaluation."""
-    return final(row) < 0.5 * best(row)
-
-
-SCORES = {"final": final, "best": best, "area": area}
-
-
-def analyse(study: Study, rows: Mapping[str, Row], chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def analyse(
+    study: Study, rows: Rows, chosen: Mapping[str, Mapping[str, Any]], failed: Mapping[str, str]
+) -> dict[str, Any]:
     """Return the document of a comparison.
 
     Args:
         study: the study.
-        rows: the finished runs by key.
+        rows: the finished runs.
         chosen: what a search chose, by setting and arm.
+        failed: the errors of the runs that failed, by key.
     """
-    runs: dict[str, dict[str, dict[int, Row]]] = {setting: {} for setting in study.settings}
-    missing = 0
+    runs: dict[str, Arms] = {setting: {} for setting in study.settings}
+    without: dict[str, dict[str, dict[str, int]]] = {}
     for cell in study.cells(chosen):
-        if cell.key in rows:
-            runs[cell.setting].setdefault(cell.arm, {})[cell.seed] = rows[cell.key]
+        row = rows.of(cell)
+        if row is not None:
+            runs[cell.setting].setdefault(cell.arm, {})[cell.seed] = row
         else:
-            missing += 1
-    settings = {name: _setting(study, name, arms) for name, arms in runs.items() if arms}
+            why = "failed" if cell.key in failed else "missing"
+            counts = without.setdefault(cell.setting, {}).setdefault(cell.arm, {"failed": 0, "missing": 0})
+            counts[why] += 1
+    settings = {name: _setting(study, arms) | {"without": without.get(name, {})} for name, arms in runs.items() if arms}
+    used = [row for arms in runs.values() for found in arms.values() for row in found.values()]
     return {
         "format": FORMAT, "title": study.title, "reference": study.reference, "axis": study.axis,
-        "at": dict(study.at), "seeds": list(study.seeds), "missing": missing,
+        "at": dict(study.at), "seeds": list(study.seeds),
+        "missing": sum(n for arms in without.values() for counts in arms.values() for n in counts.values()),
+        "failed": sum(counts["failed"] for arms in without.values() for counts in arms.values()),
         "chosen": {setting: dict(arms) for setting, arms in chosen.items()},
         "settings": settings,
         "overall": _overall(study, runs),
-        "cpu_hours": round(sum(row["cpu_seconds"] for row in rows.values()) / 3600, 3),
+        "versions": _versions(used),
+        "cpu_hours": round(sum(row["cpu_seconds"] for row in rows) / 3600, 3),
         "runs": len(rows),
     }  # fmt: skip
 
 
-def reference_of(study: Study, arm: str, arms: Mapping[str, Any]) -> str:
+def reference_of(study: Study, arm: str) -> str:
     """Return what an arm is compared with: searched arms with the searched reference."""
-    searched = study.reference + SEARCHED
-    return searched if arm.endswith(SEARCHED) and searched in arms else study.reference
+    return study.reference + (SEARCHED if arm.endswith(SEARCHED) else "")
 
 
-def _setting(study: Study, name: str, arms: dict[str, dict[int, Row]]) -> dict[str, Any]:
+def _versions(rows: Iterable[Row]) -> list[str]:
+    """Return the sets of versions that the lines come from, one text each."""
+    return sorted({", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in rows})
+
+
+def _setting(study: Study, arms: Arms) -> dict[str, Any]:
     found = {arm: _arm(runs) for arm, runs in arms.items()}
     for kind in SCORES:
         _compare(study, kind, arms, found)
     every = [row for runs in arms.values() for row in runs.values()]
+    errors = [row["standard_error"][-1] for row in every if row["standard_error"][-1] is not None]
     return {
         "arms": found,
-        "evaluation_standard_error": python_statistics.fmean(row["standard_error"][-1] for row in every),
+        "evaluation_standard_error": statistics.fmean(errors) if errors else None,
         "window": max(row["rollout"][-1] for row in every),
     }
 
@@ -94,129 +91,148 @@ def _setting(study: Study, name: str, arms: dict[str, dict[int, Row]]) -> dict[s
 def _arm(runs: dict[int, Row]) -> dict[str, Any]:
     rows = [runs[seed] for seed in sorted(runs)]
     scores = {kind: np.array([rule(row) for row in rows]) for kind, rule in SCORES.items()}
-    last = [{name: values[-1] for name, values in row["curves"].items()} for row in rows]
-    whole = [{name: python_statistics.fmean(values) for name, values in row["curves"].items()} for row in rows]
-
-    def mean(parts: list[dict[str, float]], name: str) -> float | None:
-        values = [part[name] for part in parts if name in part]
-        return python_statistics.fmean(values) if values else None
-
+    whole = {name: _mean(_mean(row["curves"].get(name, ())) for row in rows) for name in _names(rows)}
+    norms = [value for row in rows for value in row["curves"].get("gradient_norm", ()) if value is not None]
     return {
         "method": rows[0]["method"], "learning_rate": rows[0]["learning_rate"],
         "seeds": sorted(runs),
-        "start": python_statistics.fmean(row["accuracy"][0] for row in rows),
+        "start": statistics.fmean(row["accuracy"][0] for row in rows),
         "scores": {kind: _estimates(values) for kind, values in scores.items()},
         "collapsed": sum(map(collapsed, rows)),
+        "diverged": sum(bool(row["diverged"]) for row in rows),
         "stability": {
-            "gap": mean(whole, "gap"),
-            "first_gap": python_statistics.fmean(row["curves"]["gap"][0] for row in rows),
-            "tail": python_statistics.fmean(python_statistics.fmean(row["tail"]) for row in rows),
-            "kl": mean(whole, "kl"),
-            "gradient_norm": mean(whole, "gradient_norm"),
-            "largest_gradient_norm": max(max(row["curves"]["gradient_norm"]) for row in rows),
-            "last_entropy": mean(last, "entropy"),
-            "masked": mean(whole, "masked"),
-            "masked_positive": mean(whole, "masked_positive"),
-            "masked_negative": mean(whole, "masked_negative"),
-            "budget_share": mean(whole, "budget_share"),
+            "gap": whole.get("gap"),
+            "first_gap": _mean(row["curves"]["gap"][0] for row in rows if row["curves"].get("gap")),
+            "tail": _mean(_mean(row["tail"]) for row in rows),
+            "kl": whole.get("kl"),
+            "gradient_norm": whole.get("gradient_norm"),
+            "largest_gradient_norm": max(norms, default=None),
+            "last_entropy": _mean(row["curves"]["entropy"][-1] for row in rows if row["curves"].get("entropy")),
+            "masked": whole.get("masked"),
+            "masked_positive": whole.get("masked_positive"),
+            "masked_negative": whole.get("masked_negative"),
+            "budget_share": whole.get("budget_share"),
         },
         "curve": _curve(rows),
-        "cpu_seconds": python_statistics.fmean(row["cpu_seconds"] for row in rows),
+        "cpu_seconds": statistics.fmean(row["cpu_seconds"] for row in rows),
     }  # fmt: skip
+
+
+def _names(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row["curves"]))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of those that are numbers."""
+    found = [value for value in values if value is not None]
+    return statistics.fmean(found) if found else None
 
 
 def _estimates(values: Values) -> dict[str, Any]:
     return {
         "values": [float(value) for value in values],
         "mean": float(values.mean()),
-        "mean_interval": interval([values], mean_of_means),
+        "mean_interval": interval(values[None], mean),
         "iqm": float(interquartile_mean(values)),
-        "iqm_interval": interval([values], pooled_interquartile_mean),
+        "iqm_interval": interval(values[None], pooled_interquartile_mean),
     }
 
 
-def _compare(study: Study, kind: str, arms: dict[str, dict[int, Row]], found: dict[str, dict[str, Any]]) -> None:
-    """Add to each arm's score the paired difference reference less arm, over the seeds that both have."""
-    tested: list[tuple[str, float]] = []
-    for arm in arms:
-        reference = reference_of(study, arm, arms)
-        x, y = _paired(kind, arms, reference, arm)
-        if arm == reference or not len(x):
+def _compare(study: Study, kind: str, arms: Arms, found: dict[str, dict[str, Any]]) -> None:
+    """Add to each arm's score the paired difference reference less arm, over the seeds that both have.
+
+    Arms as given and arms after a search are two families of tests.
+    """
+    for searched in (False, True):
+        family = [arm for arm in arms if arm.endswith(SEARCHED) == searched and arm != reference_of(study, arm)]
+        tested = []
+        for arm in family:
+            entry = _difference(study, kind, arms, arm, len(family))
+            if entry is not None:
+                found[arm]["scores"][kind]["reference_less_arm"] = entry
+                tested += [entry] if entry["p"] is not None else []
+        for entry, adjusted in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
+            entry["p_holm"] = adjusted
+
+
+def _difference(study: Study, kind: str, arms: Arms, arm: str, tests: int) -> dict[str, Any] | None:
+    reference = reference_of(study, arm)
+    seeds = _shared([arms], reference, arm)
+    if not seeds:
+        return None
+    x, y = _matrix(kind, [arms], reference, seeds), _matrix(kind, [arms], arm, seeds)
+    difference = x - y
+    probability, probability_bounds = improvement(x, y)
+    deviation = float(difference.std(ddof=1)) if len(seeds) > 1 else None
+    return {
+        "reference": reference, "pairs": len(seeds), "mean": float(difference.mean()),
+        "interval": interval(difference, mean), "deviation": deviation,
+        "probability": probability, "probability_interval": probability_bounds,
+        "p": sign_flip_p(difference[0]), "p_holm": None,
+        "only_arm_collapsed": sum(collapsed(arms[arm][s]) and not collapsed(arms[reference][s]) for s in seeds),
+        "only_reference_collapsed": sum(collapsed(arms[reference][s]) and not collapsed(arms[arm][s]) for s in seeds),
+        "seeds_needed": None
+        if deviation is None
+        else {str(d): seeds_needed(deviation, d, tests=tests) for d in DIFFERENCES},
+    }  # fmt: skip
+
+
+def _shared(parts: list[Arms], *names: str) -> list[int]:
+    """Return the seeds that all these arms have in all these settings."""
+    return sorted(set.intersection(*(set(arms.get(name, {})) for arms in parts for name in names)))
+
+
+def _matrix(kind: str, parts: list[Arms], name: str, seeds: list[int]) -> Values:
+    """Return an arm's scores, [settings, seeds]."""
+    return np.array([[SCORES[kind](arms[name][seed]) for seed in seeds] for arms in parts])
+
+
+def _overall(study: Study, runs: Mapping[str, Arms]) -> dict[str, Any]:
+    """Return the scores over all settings, of the arms and seeds that have run in all of them."""
+    parts = list(runs.values())
+    overall: dict[str, Any] = {}
+    for arm in dict.fromkeys(name for arms in parts for name in arms):
+        reference = reference_of(study, arm)
+        seeds = _shared(parts, arm, reference)
+        if not seeds:
             continue
-        difference = x - y
-        probability, probability_bounds = probability_interval([(x, y)])
-        p = sign_flip_p(difference)
-        deviation = float(difference.std(ddof=1)) if len(difference) > 1 else None
-        found[arm]["scores"][kind]["reference_less_arm"] = {
-            "reference": reference, "pairs": len(x), "mean": float(difference.mean()),
-            "interval": interval([difference], mean_of_means), "deviation": deviation,
-            "probability": probability, "probability_interval": probability_bounds, "p": p,
-            "seeds_needed": None if deviation is None else {str(d): seeds_needed(deviation, d) for d in DIFFERENCES},
+        entry: dict[str, Any] = {
+            "seeds": len(seeds), "settings": len(parts), "reference": reference,
+            "collapsed": sum(collapsed(arms[arm][seed]) for arms in parts for seed in seeds),
         }  # fmt: skip
-        if p is not None:
-            tested.append((arm, p))
-    for (arm, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
-        found[arm]["scores"][kind]["reference_less_arm"]["p_holm"] = adjusted
-
-
-def _paired(kind: str, arms: Mapping[str, dict[int, Row]], reference: str, arm: str) -> tuple[Values, Values]:
-    shared = sorted(arms.get(reference, {}).keys() & arms.get(arm, {}).keys())
-    rule = SCORES[kind]
-    return (
-        np.array([rule(arms[reference][seed]) for seed in shared]),
-        np.array([rule(arms[arm][seed]) for seed in shared]),
-    )
-
-
-def _overall(study: Study, runs: Mapping[str, dict[str, dict[int, Row]]]) -> dict[str, Any]:
-    """Return every arm's scores over all settings that it and its reference have run in, each weighing the same."""
-    names = {arm: None for arms in runs.values() for arm in arms}
-    overall = {}
-    for arm in names:
-        entry: dict[str, Any] = {}
-        for kind, rule in SCORES.items():
-            own = [np.array([rule(row) for row in arms[arm].values()]) for arms in runs.values() if arms.get(arm)]
-            pairs = []
-            for arms in runs.values():
-                x, y = _paired(kind, arms, reference_of(study, arm, arms), arm)
-                if len(x):
-                    pairs.append((x, y))
+        for kind in SCORES:
+            own = _matrix(kind, parts, arm, seeds)
             entry[kind] = {
-                "settings": len(own),
-                "mean": float(mean_of_means(*own)), "mean_interval": interval(own, mean_of_means),
-                "iqm": float(pooled_interquartile_mean(*own)),
-                "iqm_interval": interval(own, pooled_interquartile_mean),
+                "mean": float(mean(own)), "mean_interval": interval(own, mean),
+                "iqm": float(pooled_interquartile_mean(own)), "iqm_interval": interval(own, pooled_interquartile_mean),
             }  # fmt: skip
-            if pairs and arm not in (study.reference, study.reference + SEARCHED):
-                differences = [x - y for x, y in pairs]
-                probability, bounds = probability_interval(pairs)
+            if arm != reference:
+                theirs = _matrix(kind, parts, reference, seeds)
+                probability, bounds = improvement(theirs, own)
                 entry[kind]["reference_less_arm"] = {
-                    "settings": len(pairs), "mean": float(mean_of_means(*differences)),
-                    "interval": interval(differences, mean_of_means),
+                    "mean": float(mean(theirs - own)), "interval": interval(theirs - own, mean),
                     "probability": probability, "probability_interval": bounds,
                 }  # fmt: skip
-        entry["collapsed"] = sum(collapsed(row) for arms in runs.values() for row in arms.get(arm, {}).values())
-        entry["runs"] = sum(len(arms.get(arm, {})) for arms in runs.values())
         overall[arm] = entry
     return overall
 
 
 def _curve(rows: list[Row]) -> dict[str, Any]:
-    """Return the mean of the evaluations and of some curves over the seeds, with the interval of the first."""
+    """Return the mean of the evaluations and of each curve over the seeds, with the interval of the first."""
     length = min(len(row["accuracy"]) for row in rows)
     accuracy = np.array([row["accuracy"][:length] for row in rows])
-    bands = [interval([accuracy[:, i]], mean_of_means) for i in range(length)]
-    curves = {}
-    for name in rows[0]["curves"]:
-        if all(name in row["curves"] for row in rows):
-            shortest = min(len(row["curves"][name]) for row in rows)
-            curves[name] = np.array([row["curves"][name][:shortest] for row in rows]).mean(axis=0).tolist()
-    shortest = min(len(row["tail"]) for row in rows)
-    curves["tail"] = np.array([row["tail"][:shortest] for row in rows]).mean(axis=0).tolist()
+    bands = [interval(accuracy[None, :, i], mean) for i in range(length)]
+    curves = {name: _means([row["curves"].get(name, []) for row in rows]) for name in _names(rows)}
     return {
         "rollout": rows[0]["rollout"][:length],
         "accuracy": accuracy.mean(axis=0).tolist(),
         "low": [band[0] if band else None for band in bands],
         "high": [band[1] if band else None for band in bands],
-        "curves": curves,
+        "curves": curves | {"tail": _means([row["tail"] for row in rows])},
     }
+
+
+def _means(curves: list[list[float | None]]) -> list[float | None]:
+    """Return the mean at each rollout over the runs that have a value there."""
+    longest = max(map(len, curves), default=0)
+    return [_mean(curve[i] for curve in curves if i < len(curve)) for i in range(longest)]

@@ -68,10 +68,13 @@ def compare(
     if reference is not None:
         plan = dataclasses.replace(plan, reference=reference)
     console = Console(stderr=as_json)
-    runner = Runner(folder, jobs or os.cpu_count() or 1, console, keep=keep_runs, quiet=as_json)
+    runner = Runner(folder, jobs or len(os.sched_getaffinity(0)), console, keep=keep_runs, quiet=as_json)
     if not report_only:
         run_study(plan, folder, runner)
-    document, tables = report(plan, folder, score)
+    if runner.failed and not len(folder.rows()):
+        raise ValueError(f"all runs failed ({folder.failures} has the tracebacks), the first: {runner.failed[0]}")
+    with console.status("report"):
+        document, tables = report(plan, folder, score)
     if as_json:
         print(json.dumps(document, indent=1))
     else:

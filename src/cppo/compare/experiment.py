@@ -3,39 +3,90 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cppo.compare.analysis import analyse
 from cppo.compare.page import write_report
 from cppo.compare.results import ResultFolder
 from cppo.compare.runner import Runner
-from cppo.compare.search import choose, first_cells, second_cells
+from cppo.compare.search import choose, first_cells, second_cells, unfinished
 from cppo.compare.study import Study
 from cppo.compare.tables import all_tables, as_markdown, for_terminal, headlines
 from cppo.lab.folder import write_whole
+from cppo.lab.problems import Demonstrable
+from cppo.lab.tasks import make_task
 
 
-def run_study(study: Study, folder: ResultFolder, runner: Runner) -> dict[str, dict[str, Any]]:
-    """Run what is missing of a study; return what the search chose (empty without one)."""
-    chosen: dict[str, dict[str, Any]] = {}
-    with folder.locked():
+def run_study(study: Study, folder: ResultFolder, runner: Runner) -> None:
+    """Run what is missing of a study.
+
+    Raises:
+        ValueError: for a task that does not exist or cannot be warm-started on, a folder in use, a search of which a
+            run failed, or what ``Runner.run`` raises.
+    """
+    _check_tasks(study)
+    with folder.locked(), _ended_like_an_interrupt():
         if study.search is not None:
             runner.run("search, learning rates", first_cells(study, study.search))
-            runner.run("search, knobs", second_cells(study, study.search, folder.rows()))
-            chosen = choose(study, study.search, folder.rows())
-            write_whole(folder.chosen, json.dumps(chosen, indent=1) + "\n")
-        runner.run("runs", study.cells(chosen))
+            if not runner.failed:
+                runner.run("search, knobs", second_cells(study, study.search, folder.rows()))
+            if runner.failed:
+                raise ValueError(
+                    f"{len(runner.failed)} runs of the search failed ({folder.failures}), the first: {runner.failed[0]}"
+                )
+        runner.run("runs", study.cells(chosen_of(study, folder)))
+
+
+def chosen_of(study: Study, folder: ResultFolder) -> dict[str, dict[str, Any]]:
+    """Return what the search chose; empty without a search, or while one is unfinished."""
+    rows = folder.rows()
+    if study.search is None or unfinished(study, study.search, rows):
+        return {}
+    chosen = choose(study, study.search, rows)
+    write_whole(folder.chosen, json.dumps(chosen, indent=1, allow_nan=False) + "\n")
     return chosen
 
 
 def report(study: Study, folder: ResultFolder, kind: str) -> tuple[dict[str, Any], Any]:
     """Write the summary, the tables and the page; return the document, and what the terminal shows."""
-    rows = folder.rows()
-    chosen = choose(study, study.search, rows) if study.search is not None else {}
-    document = analyse(study, rows, chosen)
+    document = analyse(study, folder.rows(), chosen_of(study, folder), folder.failed())
     if not document["settings"]:
         raise ValueError(f"{folder.path}: expected finished runs, found none")
-    write_whole(folder.summary, json.dumps(document, indent=1) + "\n")
+    write_whole(folder.summary, json.dumps(document, indent=1, allow_nan=False) + "\n")
     write_whole(folder.tables, f"# {study.title}\n\n" + as_markdown(all_tables(document, kind)))
     write_report(folder.report, document)
     return document, for_terminal(headlines(document, kind))
+
+
+def _check_tasks(study: Study) -> None:
+    for setting in study.settings:
+        config = study.config(setting, next(iter(study.arms)), study.seeds[0])
+        try:
+            task = make_task(config.task)
+        except (ValueError, TypeError, OSError) as error:
+            raise ValueError(f"setting {setting!r}: {error}") from None
+        if config.tiny and (task.alphabet is None or not isinstance(task, Demonstrable)):
+            raise ValueError(
+                f"setting {setting!r}: the tiny model needs a task with a demonstrator; {task.name!r} has none"
+            )
+
+
+@contextmanager
+def _ended_like_an_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the workers too, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,15 +1,23 @@
-"""A comparison's folder: the study, a line a finished run, what a search chose; nothing in it is ever overwritten."""
+"""A comparison's folder: the study, a line a finished run, what a search chose. Lines are only ever added."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cppo.compare.study import Rows
 from cppo.lab.folder import write_whole
+
+# What a line must hold.
+_ROW = (
+    "key", "setting", "arm", "seed", "method", "learning_rate", "rollout", "accuracy", "standard_error", "curves",
+    "tail", "diverged", "cpu_seconds", "wall_seconds", "config", "versions",
+)  # fmt: skip
 
 
 class ResultFolder:
@@ -63,9 +71,13 @@ class ResultFolder:
                 ) from None
             yield
 
-    def rows(self) -> dict[str, dict[str, Any]]:
-        """Return the finished runs by key; a last line that was cut off is left out."""
-        return {row["key"]: row for row in read_lines(self.results, ("key", "accuracy"))}
+    def rows(self) -> Rows:
+        """Return the finished runs; a last line that was cut off is left out."""
+        return Rows(read_lines(self.results, _ROW))
+
+    def failed(self) -> dict[str, str]:
+        """Return the last error of the runs that failed, by key."""
+        return {row["key"]: str(row["error"]) for row in read_lines(self.failures, ("key", "error"))}
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a finished run."""
@@ -77,27 +89,37 @@ class ResultFolder:
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    text = path.read_bytes()[-1:] if path.is_file() else b""
-    with path.open("a", encoding="utf-8") as file:
-        # A line that was cut off by the end of an earlier process must not swallow this one.
-        file.write(("" if text in (b"", b"\n") else "\n") + json.dumps(row, separators=(",", ":")) + "\n")
+    line = json.dumps(row, separators=(",", ":")) + "\n"
+    with path.open("ab+") as file:
+        # What an earlier process left of a line that it did not finish goes.
+        whole = file.seek(0, os.SEEK_END)
+        if whole:
+            file.seek(0)
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
+        file.write(line.encode())
 
 
 def read_lines(path: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return the lines of a JSON-lines file; lines that were cut off are left out.
+    """Return the lines of a JSON-lines file; a last one that was cut off is left out.
 
     Raises:
-        ValueError: naming file and line, for a whole line that is no object with the needed keys.
+        ValueError: naming file and line, for a line that is no object with the needed keys.
     """
     rows: list[dict[str, Any]] = []
     if not path.is_file():
         return rows
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected UTF-8") from None
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
-            continue  # cut off: that run is done again
-        if not isinstance(row, dict) or not all(key in row for key in needed):
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and all(key in row for key in needed):
+            rows.append(row)
+        elif number < len(lines) or line.endswith("\n"):
             raise ValueError(f"{path}, line {number}: expected a JSON object with {', '.join(needed)}")
-        rows.append(row)
     return rows

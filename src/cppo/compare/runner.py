@@ -6,19 +6,20 @@ import concurrent.futures
 import multiprocessing
 import os
 import statistics
-import time
 import traceback
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sized
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cppo.compare.results import ResultFolder
 from cppo.compare.study import Cell
-from cppo.compare.worker import make_cell_start, prepare, run_cell
+from cppo.compare.worker import is_start, make_cell_start, prepare, run_cell
 
 # What keeps a process of numerical libraries to one core.
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -42,15 +43,20 @@ class Runner:
         self.failed: list[str] = []
 
     def run(self, title: str, cells: Iterable[Cell]) -> None:
-        """Run the cells that have no line yet."""
+        """Run the cells that have no line yet.
+
+        Raises:
+            ValueError: if a warm start could not be made, or a worker process died.
+        """
         rows = self._folder.rows()
-        for row in rows.values():
+        self._seconds = {}
+        for row in rows:
             self._seconds.setdefault(row["setting"], []).append(row["wall_seconds"])
-        missing = list({cell.key: cell for cell in cells if cell.key not in rows}.values())
+        missing = list({cell.key: cell for cell in cells if rows.of(cell) is None}.values())
         if not missing:
             return
         starts = {cell.start_key: cell for cell in missing if cell.config.tiny}
-        starts = {key: cell for key, cell in starts.items() if not self._start(key).exists()}
+        starts = {key: cell for key, cell in starts.items() if not is_start(self._start(key))}
         with (
             _one_thread(),
             ProcessPoolExecutor(
@@ -60,30 +66,31 @@ class Runner:
         ):
             try:
                 self._work(
-                    pool, progress, f"{title}: warm starts", list(starts.values()),
+                    progress, f"{title}: warm starts", list(starts.values()),
                     lambda cell: pool.submit(make_cell_start, cell.config, self._start(cell.start_key)), None,
                 )  # fmt: skip
-                self._work(pool, progress, title, missing, lambda cell: self._submit(pool, cell), self._folder.append)
+                if self.failed:
+                    raise ValueError(f"a warm start failed ({self._folder.failures}): {self.failed[0]}")
+                self._work(progress, title, missing, lambda cell: self._submit(pool, cell), self._folder.append)
             except BaseException:
-                for process in list(getattr(pool, "_processes", {}).values()):
-                    process.terminate()
                 pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
                 raise
 
-    def _start(self, key: str) -> Any:
+    def _start(self, key: str) -> Path:
         return self._folder.starts / key
 
-    def _submit(self, pool: ProcessPoolExecutor, cell: Cell) -> Any:
+    def _submit(self, pool: ProcessPoolExecutor, cell: Cell) -> Future[dict[str, Any]]:
         start = self._start(cell.start_key) if cell.config.tiny else None
         return pool.submit(run_cell, cell, start, self._folder.runs, keep=self._keep)
 
     def _work(
         self,
-        pool: ProcessPoolExecutor,
         progress: Progress,
         title: str,
         cells: list[Cell],
-        submit: Callable[[Cell], Any],
+        submit: Callable[[Cell], Future[Any]],
         done: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         if not cells:
@@ -105,38 +112,48 @@ class Runner:
                 if done is not None:
                     done(row)
                     self._seconds.setdefault(cell.setting, []).append(row["wall_seconds"])
-            progress.update(bar, advance=1, left=self._left(pending.values()) if done else "")
+                    self._say(cell, f"{row['accuracy'][-1]:.3f}", pending)
+            progress.update(bar, advance=1, left=self._left(list(pending.values())) if done else "")
         progress.remove_task(bar)
 
     def _failed(self, cell: Cell, error: Exception) -> None:
         name = f"{cell.setting} / {cell.arm} / seed {cell.seed}"
         self.failed.append(f"{name}: {type(error).__name__}: {error}")
         self._folder.fail({"key": cell.key, "cell": name, "error": "".join(traceback.format_exception(error))})
+        self._say(cell, f"failed: {type(error).__name__}", ())
 
-    def _left(self, cells: Iterable[Cell]) -> str:
+    def _say(self, cell: Cell, outcome: str, left: Sized) -> None:
+        """Print a line where there is no bar, as in a log."""
+        if not self._quiet and not self._console.is_terminal:
+            line = f"{cell.setting} / {cell.arm} / seed {cell.seed}: {outcome}  ({len(left)} runs left)"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _left(self, cells: list[Cell]) -> str:
         """Return the time that the remaining runs will take, from those that have ended."""
         everything = [second for seconds in self._seconds.values() for second in seconds]
-        if not everything:
+        if not everything or not cells:
             return ""
-        left = sum(statistics.median(self._seconds.get(cell.setting) or everything) for cell in cells) / self._jobs
-        return f"about {time.strftime('%H:%M:%S', time.gmtime(left))} left"
+        each = [statistics.median(self._seconds.get(cell.setting) or everything) for cell in cells]
+        minutes = round(max(*each, sum(each) / self._jobs, 60) / 60) if len(each) > 1 else max(1, round(each[0] / 60))
+        return f"about {minutes // 60} h {minutes % 60} min left" if minutes >= 60 else f"about {minutes} min left"
 
     def _progress(self) -> Progress:
         return Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"),
-            console=self._console, transient=True, disable=self._quiet,
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self._console, transient=True, disable=self._quiet or not self._console.is_terminal,
         )  # fmt: skip
 
 
-class _one_thread:  # noqa: N801  read as a statement
+@contextmanager
+def _one_thread() -> Iterator[None]:
     """The environment that the worker processes start in."""
-
-    def __enter__(self) -> None:
-        self._before = {name: os.environ.get(name) for name in _ONE_THREAD}
-        os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self._before.items():
+    before = {name: os.environ.get(name) for name in _ONE_THREAD}
+    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:

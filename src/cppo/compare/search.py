@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 from typing import Any
 
-from cppo.compare.study import Cell, Search, Study
+from cppo.compare.scores import area
+from cppo.compare.study import Cell, Rows, Search, Study
 
-Rows = Mapping[str, dict[str, Any]]
 
-
-def score(row: dict[str, Any]) -> float:
-    """Mean of all evaluations after the start: high for a run that learns early and keeps what it learned."""
-    return statistics.fmean(row["accuracy"][1:])
+def unfinished(study: Study, search: Search, rows: Rows) -> int:
+    """Return how many runs the search still lacks."""
+    first = sum(rows.of(cell) is None for cell in first_cells(study, search))
+    return first or sum(rows.of(cell) is None for cell in second_cells(study, search, rows))
 
 
 def first_cells(study: Study, search: Search) -> list[Cell]:
@@ -39,7 +38,10 @@ def second_cells(study: Study, search: Search, rows: Rows) -> list[Cell]:
 
 
 def choose(study: Study, search: Search, rows: Rows) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return setting -> arm -> the best candidate, ``method`` and ``factor``, and every candidate's mean score."""
+    """Return setting -> arm -> the best candidate, ``method`` and ``factor``, and every candidate's mean score.
+
+    Every run of the search must be there.
+    """
     chosen: dict[str, dict[str, dict[str, Any]]] = {}
     for setting in study.settings:
         for arm, methods in search.knobs.items():
@@ -69,10 +71,8 @@ def _best_factor(study: Study, search: Search, rows: Rows, setting: str, arm: st
 def _mean_score(
     study: Study, search: Search, rows: Rows, setting: str, arm: str, method: str | None, factor: float
 ) -> float:
-    # A run that failed has no line and no say.
-    cells = _cells(study, search, setting, arm, method, factor)
-    scores = [score(rows[cell.key]) for cell in cells if cell.key in rows]
-    return statistics.fmean(scores) if scores else float("-inf")
+    found = [rows.of(cell) for cell in _cells(study, search, setting, arm, method, factor)]
+    return statistics.fmean(area(row) for row in found if row is not None)
 
 
 def _cells(study: Study, search: Search, setting: str, arm: str, method: str | None, factor: float) -> list[Cell]:

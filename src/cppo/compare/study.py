@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cppo.lab.config import RunConfig
-from cppo.methods import parse_method
-from cppo.specs import parse_spec
 
 SEARCHED = " (searched)"
-# What does not change a run's numbers, or is the study's own to set.
-_NOT_SETTINGS = ("method", "seed", "beside", "report_to", "threads", "checkpoint_every")
-_ROW_FORMAT = 1
+# What does not change a run's numbers, and what is the study's own to set.
+_NO_MATTER = ("beside", "report_to", "threads", "checkpoint_every")
+_NOT_SETTINGS = ("method", "seed", *_NO_MATTER)
+# What an arm may set: the rest is the same for all arms, or they would not be matched.
+_OF_AN_ARM = ("learning_rate", "schedule", "warmup", "divergence_top_k", "skip_zero_variance")
+_DEFAULT = dataclasses.asdict(RunConfig())
+ROW_FORMAT = 2
+MOST_RUNS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +42,23 @@ class Cell:
         return self.config.seed
 
     @property
+    def content(self) -> dict[str, Any]:
+        """The settings that decide the run's numbers."""
+        fields = dataclasses.asdict(self.config)
+        return {
+            name: float(value) if isinstance(_DEFAULT[name], float) else value
+            for name, value in fields.items()
+            if name not in _NO_MATTER
+        }
+
+    @property
     def key(self) -> str:
-        """Sixteen hexadecimal digits."""
-        return _hash(_deciding(self.config) | {"format": _ROW_FORMAT})
+        """Sixteen hexadecimal digits.
+
+        Of the settings that differ from the defaults: one that is new to the laboratory leaves the keys as they were.
+        Should a default change, a line's own settings show that it is another run (``Rows``).
+        """
+        return _hash({k: v for k, v in self.content.items() if v != _DEFAULT[k]} | {"format": ROW_FORMAT})
 
     @property
     def start_key(self) -> str:
@@ -49,13 +67,26 @@ class Cell:
         return _hash({name: getattr(self.config, name) for name in names})
 
 
-def _deciding(config: RunConfig) -> dict[str, Any]:
-    """Every field that differs from its default, bar those that do not change the numbers."""
-    content = dataclasses.asdict(config)
-    default = dataclasses.asdict(RunConfig())
-    same = ("beside", "report_to", "threads", "checkpoint_every")
-    always = ("task", "method", "seed", "rollouts", "epochs", "learning_rate")
-    return {k: v for k, v in content.items() if k not in same and (k in always or v != default[k])}
+class Rows:
+    """Finished runs, found by their cell."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]]) -> None:
+        self._rows = {row["key"]: row for row in rows}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._rows.values())
+
+    def of(self, cell: Cell) -> dict[str, Any] | None:
+        """Return the cell's line; None if there is none, or if it was run with settings that are no longer the same."""
+        row = self._rows.get(cell.key)
+        if row is None:
+            return None
+        content = cell.content
+        kept = {name: tuple(v) if isinstance(v, list) else v for name, v in row["config"].items()}
+        return row if all(content.get(name, value) == value for name, value in kept.items()) else None
 
 
 def _hash(content: Mapping[str, Any]) -> str:
@@ -100,8 +131,9 @@ class Study:
     at: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for cell in self.cells():  # every run's settings are checked before the first starts
-            del cell
+        if len(self.seeds) * len(self.settings) * len(self.arms) > MOST_RUNS:
+            raise ValueError(f"seeds, settings, arms: expected at most {MOST_RUNS:,} runs")
+        self.cells()  # every run's settings are checked before the first starts
         if self.reference not in self.arms:
             raise ValueError(f"reference={self.reference!r}: expected one of the arms, {', '.join(self.arms)}")
         if self.search is not None:
@@ -111,9 +143,17 @@ class Study:
         if shared := set(search.seeds) & set(self.seeds):
             raise ValueError(f"search: seeds: {min(shared)} is reported too; expected seeds that are not reported")
         counts = {arm: len(knobs) for arm, knobs in search.knobs.items()}
-        for arm in counts:
+        for arm, knobs in search.knobs.items():
             if arm not in self.arms:
                 raise ValueError(f"search: knobs: {arm!r} is no arm; expected some of {', '.join(self.arms)}")
+            if len({self.arms[arm]["method"], *knobs}) != len(knobs) + 1:
+                raise ValueError(
+                    f"search: knobs: {arm}: expected methods that differ from each other and the arm's own"
+                )
+        if self.reference not in search.knobs:
+            raise ValueError(
+                f"search: knobs: expected the reference {self.reference!r} among the arms that are searched"
+            )
         if len(set(counts.values())) > 1:
             raise ValueError(f"search: knobs: expected as many candidates for every arm, got {counts}")
         for setting in self.settings:
@@ -184,23 +224,28 @@ def make_study(content: Any) -> Study:
         own = dict(_mapping(f"settings: {name}", fields))
         place = own.pop("at", None)
         if place is not None:
-            at[name] = _number(f"settings: {name}: at", place)
+            if isinstance(place, bool) or not isinstance(place, int | float) or not math.isfinite(place):
+                raise ValueError(f"settings: {name}: at={place!r}: expected a number")
+            at[name] = float(place)
         settings[name] = _run_fields(f"settings: {name}", {**base, **own})
     arms = {}
     for name, fields in _mapping("arms", content.get("arms")).items():
         own = {"method": fields} if isinstance(fields, str) else dict(_mapping(f"arms: {name}", fields))
         if "method" not in own:
             raise ValueError(f"arms: {name}: expected a method")
-        arms[name] = {"method": own.pop("method")} | _run_fields(f"arms: {name}", own)
+        _check_known(f"arms: {name}", own, ("method", *_OF_AN_ARM))
+        arms[name] = own
         if name.endswith(SEARCHED):
             raise ValueError(f"arms: {name!r}: expected a name without {SEARCHED!r}")
     if not arms or not settings:
         raise ValueError("the study: expected at least one arm and one setting")
+    title = str(content.get("title", "Comparison"))
+    _check_printable("title", title)
     axis = content.get("axis")
     if axis is not None and (not isinstance(axis, str) or set(at) != set(settings)):
         raise ValueError(f"axis={axis!r}: expected a text, and `at: NUMBER` in every setting")
     return Study(
-        title=str(content.get("title", "Comparison")),
+        title=title,
         seeds=_seeds("seeds", content.get("seeds", {"first": 0, "count": 10})),
         settings=settings, arms=arms, reference=str(content.get("reference", next(iter(arms)))),
         search=_search(content["search"]) if content.get("search") is not None else None, axis=axis, at=at,
@@ -229,9 +274,9 @@ def _seeds(name: str, content: Any) -> tuple[int, ...]:
     content = _mapping(name, content)
     _check_known(name, content, ("first", "count"))
     first, count = content.get("first", 0), content.get("count", 10)
-    for key, value, low in (("first", first, 0), ("count", count, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name}: {key}={value!r}: expected an integer >= {low}")
+    for key, value, low, high in (("first", first, 0, 2**32 - 1), ("count", count, 1, MOST_RUNS)):
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"{name}: {key}={value!r}: expected an integer in [{low}, {high}]")
     return tuple(range(first, first + count))
 
 
@@ -244,7 +289,15 @@ def _run_fields(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
 def _mapping(name: str, content: Any) -> Mapping[str, Any]:
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{name}: expected names with values, got {content!r}")
+    for key in content:
+        _check_printable(f"{name}: {key!r}", key)
     return content
+
+
+def _check_printable(name: str, text: str) -> None:
+    """Raise ValueError for what would not stand in a table: control characters, line ends, broken characters."""
+    if not text or not text.isprintable():
+        raise ValueError(f"{name}: expected printable text in one line")
 
 
 def _check_known(name: str, content: Mapping[str, Any], known: tuple[str, ...] | list[str]) -> None:
@@ -257,10 +310,3 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise ValueError(f"{name}={value!r}: expected a number > 0")
     return float(value)
-
-
-def arm_name(method: str) -> str:
-    """Return a short name of a method: as it is written if its knobs are few."""
-    parse_method(method)
-    name, options = parse_spec(method)
-    return name if not options else method

@@ -52,7 +52,7 @@ def headlines(document: dict[str, Any], kind: str) -> list[Plain]:
             ))  # fmt: skip
         tables.append(Plain(
             f"{name}: {kind} accuracy",
-            ("arm", "n", "mean [95 %]", f"{document['reference']} less arm", "p", "lost", "drift", "masked"), rows,
+            ("arm", "n", "mean [95 %]", "reference less arm", "p", "lost", "drift", "masked"), rows,
         ))  # fmt: skip
     return tables
 
@@ -69,7 +69,7 @@ def scores(name: str, setting: dict[str, Any], kind: str) -> Plain:
             f"{entry['scores']['best']['mean']:.3f}", f"{entry['scores']['area']['mean']:.3f}",
             _signed(against.get("mean"), against.get("interval")),
             _plain(against.get("probability"), against.get("probability_interval")),
-            _p(against.get("p_holm")),
+            _p(against.get("p_holm")), _collapses(against),
             " ".join(f"{value:.2f}" for value in sorted(score["values"])),
         ))  # fmt: skip
     references = {
@@ -80,12 +80,13 @@ def scores(name: str, setting: dict[str, Any], kind: str) -> Plain:
     return Plain(
         f"{name}: {kind} accuracy on held-out problems",
         ("arm", "seeds", "start", "mean", "IQM", "best", "area", "reference less arm", "P(reference better)",
-         "p (Holm)", "every seed, sorted"),
+         "p (Holm)", "collapsed alone: reference, arm", "every seed, sorted"),
         rows,
         f"Intervals: 95 %, bootstrap over seeds. Reference: {', '.join(sorted(references)) or 'none'}, the same seeds "
         f"in both. best: in a window of {setting['window']} rollouts. area: mean of the evaluations after the start. "
-        "p: sign flips of the paired differences, adjusted for the number of arms. One evaluation's own standard error "
-        f"is {setting['evaluation_standard_error']:.3f}.",
+        "p: sign flips of the paired differences, adjusted for the number of arms, as given and searched apart. "
+        f"One evaluation's own standard error is {_number(setting['evaluation_standard_error'], 2)}."
+        f"{_without(setting['without'])}",
     )  # fmt: skip
 
 
@@ -107,28 +108,40 @@ def stability(name: str, setting: dict[str, Any]) -> Plain:
          "entropy, end", "masked", "of A > 0", "of A < 0", "by budget alone"),
         rows,
         "drift: mean |pi - mu| of the sampled tokens over all updates; top tenth: of the tenth that drifted most. "
-        "collapsed: ends below half of its own best evaluation. by budget alone: of the masked tokens.",
+        "collapsed: ends below half of its best evaluation, or below its start by two standard errors. by budget "
+        "alone: of the masked tokens.",
     )  # fmt: skip
 
 
 def overall(document: dict[str, Any], kind: str) -> Plain:
-    """Return the scores over all settings: a row an arm."""
+    """Return the scores over all settings: a row an arm that has run in all of them."""
     rows = []
     for arm, entry in document["overall"].items():
         score = entry[kind]
         against = score.get("reference_less_arm", {})
         rows.append((
-            arm, str(score["settings"]), str(entry["runs"]), _estimate(score, "mean"), _estimate(score, "iqm"),
+            arm, str(entry["settings"]), str(entry["seeds"]), _estimate(score, "mean"), _estimate(score, "iqm"),
+            entry["reference"] if against else "-",
             _signed(against.get("mean"), against.get("interval")),
             _plain(against.get("probability"), against.get("probability_interval")),
             f"{entry['collapsed']}",
         ))  # fmt: skip
     return Plain(
         f"All settings: {kind} accuracy",
-        ("arm", "settings", "runs", "mean", "IQM", "reference less arm", "P(reference better)", "collapsed"),
+        (
+            "arm",
+            "settings",
+            "seeds",
+            "mean",
+            "IQM",
+            "reference",
+            "reference less arm",
+            "P(reference better)",
+            "collapsed",
+        ),
         rows,
-        "Each setting weighs the same in the means; seeds are drawn anew within each setting (stratified bootstrap). "
-        "The IQM is over all runs.",
+        "Over the seeds that the arm and its reference have in all settings; each setting weighs the same. A seed is "
+        "drawn with all its settings. The IQM is over all runs.",
     )
 
 
@@ -157,7 +170,8 @@ def seeds(document: dict[str, Any], kind: str) -> Plain:
     return Plain(
         f"How many paired seeds would show a difference in {kind} accuracy",
         ("setting", "arm", "deviation of the difference", "of 0.02", "of 0.05", "of 0.1"), rows,
-        "With a probability of 80 %, at a two-sided level of 5 %.",
+        "With a probability of 80 %, at a two-sided level of 5 %; never fewer than those with which a sign-flip "
+        "test, adjusted for the number of arms, can show anything.",
     )  # fmt: skip
 
 
@@ -167,7 +181,7 @@ def for_terminal(tables: list[Plain]) -> Group:
     for plain in tables:
         table = Table(title=escape(plain.title), title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
         for index, heading in enumerate(plain.headings):
-            table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
+            table.add_column(escape(heading), justify="left" if index == 0 else "right", overflow="fold")
         for row in plain.rows:
             table.add_row(*map(escape, row))
         shown += [table, *([Text(plain.note, style="dim")] if plain.note else []), Text("")]
@@ -179,11 +193,15 @@ def as_markdown(tables: list[Plain]) -> str:
     parts = []
     for plain in tables:
         lines = [f"### {plain.title}", ""]
-        lines.append("| " + " | ".join(plain.headings) + " |")
+        lines.append("| " + " | ".join(map(_cell, plain.headings)) + " |")
         lines.append("|" + "---|" * len(plain.headings))
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in plain.rows]
+        lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in plain.rows]
         parts.append("\n".join([*lines, *(["", plain.note] if plain.note else [])]))
     return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _estimate(score: dict[str, Any], name: str, digits: int = 3) -> str:
@@ -203,6 +221,19 @@ def _plain(value: float | None, interval: Interval) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" + ("" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]")
+
+
+def _collapses(against: dict[str, Any]) -> str:
+    return f"{against['only_reference_collapsed']}, {against['only_arm_collapsed']}" if against else "-"
+
+
+def _without(arms: dict[str, dict[str, int]]) -> str:
+    """Say which runs are not in the table."""
+    said = [
+        f" {arm}: {n} {'failed' if why == 'failed' else 'not run yet'}."
+        for arm, counts in arms.items() for why, n in counts.items() if n
+    ]  # fmt: skip
+    return "".join(said)
 
 
 def _p(value: float | None, digits: int = 3) -> str:

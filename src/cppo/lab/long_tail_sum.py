@@ -1,4 +1,4 @@
-"""The long-tailed sum: a running sum whose every value is a token of its own, most of them rare."""
+"""The long-tailed sum: a running sum whose every value is a token of its own, used by Zipf's law."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ _FIRST = 0xAC00
 
 @dataclasses.dataclass(frozen=True)
 class LongTailSum(ChainOfSums):
-    """Running sums of operands that double in size and halve in frequency, each sum a token of its own.
+    """Running sums from a start drawn by Zipf's law, each sum a token of its own: most of the vocabulary is rare.
 
-    Prompt: letters x_1 .. x_k and "=". Letter i = 0 .. ``letters`` - 1 adds a_i = 0, 1, 2, 4, .. and is drawn with
-    probability proportional to 2^-i. Response: s_t = (s_{t-1} + a(x_t)) mod ``values``, s_0 = 0, one token each, then
-    the end token: k + 1 tokens. Small sums are common and large ones rare, and so are the tokens. The demonstrator goes
-    on from its own last sum s, right or wrong:
+    Prompt: s_0, letters x_1 .. x_k and "=". s_0 = floor(``values``^u) - 1 with u uniform in [0, 1), so that values are
+    used about as 1 / (s + 1): half of the starts lie below the square root of ``values``. Letter i = 0 ..
+    ``letters`` - 1 adds a_i = 0, 1, 2, 4, .. and is drawn with probability proportional to 2^-i. Response:
+    s_t = (s_{t-1} + a(x_t)) mod ``values`` for t = 1 .. k, one token each, then the end token: k + 1 tokens. The
+    demonstrator goes on from its own last sum s, right or wrong:
 
         s + a                       with probability (1 - error) (1 - slip)
         s + a + 1                   with probability (1 - error) slip       [only if s mod 10 = 9 and a > 0; else 0]
@@ -29,7 +30,7 @@ class LongTailSum(ChainOfSums):
 
     Args:
         operands: k, >= 1.
-        values: how many sums there are, in [16, 8192]. A guess of the last sum is right with about 1 / ``values``.
+        values: how many sums there are, in [16, 8192].
         letters: how many operands there are, in [2, 10].
         error: probability of a random error a step, in [0, 1].
         slip: probability of a slip by one after a sum that ends in 9, in [0, 1].
@@ -61,11 +62,13 @@ class LongTailSum(ChainOfSums):
         return self.values
 
     def _prompt(self, rng: random.Random) -> str:
+        start = int(self.values ** rng.random()) - 1
         letters = _LETTERS[: self.letters]
-        return "".join(rng.choices(letters, [2.0**-i for i in range(len(letters))], k=self.operands)) + "="
+        operands = rng.choices(letters, [2.0**-i for i in range(len(letters))], k=self.operands)
+        return self._token(start) + "".join(operands) + "="
 
-    def _amount(self, character: str) -> int:
-        return (1 << _LETTERS.index(character)) >> 1
+    def _read(self, prompt: str) -> tuple[int, list[int]]:
+        return ord(prompt[0]) - _FIRST, [(1 << _LETTERS.index(letter)) >> 1 for letter in prompt[1:-1]]
 
     def _token(self, state: int) -> str:
         return chr(_FIRST + state)

@@ -34,18 +34,20 @@ class NoisyEngine:
         record = _Record(self._noise, self._temperature)
         training = model.training
         model.eval()
-        output = model.generate(
-            **inputs,
-            generation_config=GenerationConfig(
-                max_new_tokens=self._max_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-            ),
-            logits_processor=LogitsProcessorList([record]),
-        )  # fmt: skip
-        model.train(training)
+        try:
+            output = model.generate(
+                **inputs,
+                generation_config=GenerationConfig(
+                    max_new_tokens=self._max_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                    pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                ),
+                logits_processor=LogitsProcessorList([record]),
+            )  # fmt: skip
+        finally:
+            model.train(training)
         width = inputs["input_ids"].shape[1]
         tokens = output[:, width:]
-        logp = torch.stack([part.gather(1, tokens[:, t, None])[:, 0] for t, part in enumerate(record.log_probs)], dim=1)
+        logp = torch.stack(record.sampled(tokens[:, -1]), dim=1)
         lengths = [_length(row, tokenizer.eos_token_id) for row in tokens.tolist()]
         starts = (inputs["attention_mask"] == 0).sum(dim=1).tolist()
         return {
@@ -56,16 +58,25 @@ class NoisyEngine:
 
 
 class _Record(LogitsProcessor):
-    """Adds the noise and remembers the log-probs that are sampled from."""
+    """Adds the noise; remembers the log-prob of each sampled token, which the next call sees, and one distribution."""
 
     def __init__(self, noise: float, temperature: float) -> None:
         self._noise, self._temperature = noise, temperature
-        self.log_probs: list[Tensor] = []
+        self._last: Tensor | None = None
+        self._sampled: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._last is not None:
+            self.sampled(input_ids[:, -1])
         noisy = (scores + self._noise * torch.randn_like(scores)) / self._temperature
-        self.log_probs.append(noisy.log_softmax(dim=-1))
-        return self.log_probs[-1]
+        self._last = noisy.log_softmax(dim=-1)
+        return self._last
+
+    def sampled(self, tokens: Tensor) -> list[Tensor]:
+        """Take in what was sampled last; return the log-probs of all tokens so far, a tensor [B] each."""
+        assert self._last is not None
+        self._sampled.append(self._last.gather(1, tokens[:, None])[:, 0])
+        return self._sampled
 
 
 def _length(row: list[int], end: int) -> int:

@@ -6,6 +6,8 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, Protocol
@@ -295,9 +297,11 @@ def make_start(config: RunConfig, path: Path, observer: Observer) -> None:
             learning_rate=_WARM_START_RATE * min(1.0, 64 / model.config.hidden_size),
             on_step=lambda *_: observer.advance(),
         )  # fmt: skip
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    temporary.chmod(0o755)
+    shutil.rmtree(path, ignore_errors=True)  # what another process did not finish
     os.replace(temporary, path)
 
 
@@ -311,7 +315,7 @@ def start_run(config: RunConfig, path: Path) -> RunFolder:
         check_demonstrated(task)
     else:
         check_pretrained(config.model, config.gguf_file)
-    return RunFolder.create(path, dump_config(config, _versions()))
+    return RunFolder.create(path, dump_config(config, versions()))
 
 
 def _check_trackers(names: tuple[str, ...]) -> None:
@@ -375,6 +379,7 @@ def _only_our_display(trainer: LabTrainer) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions that a run's numbers hang on."""
     names = ("cppo", "torch", "trl", "transformers", "datasets", "reasoning-gym", "math-verify")
     return {name: importlib.metadata.version(name) for name in names}

@@ -47,11 +47,11 @@ class ChainOfSums:
         raise NotImplementedError
 
     def _prompt(self, rng: random.Random) -> str:
-        """Draw a prompt: one character an operand, and "="."""
+        """Draw a prompt."""
         raise NotImplementedError
 
-    def _amount(self, character: str) -> int:
-        """What an operand of a prompt adds."""
+    def _read(self, prompt: str) -> tuple[int, list[int]]:
+        """Return the state that a prompt begins with, and what its operands add."""
         raise NotImplementedError
 
     def _token(self, state: int) -> str:
@@ -88,12 +88,12 @@ class ChainOfSums:
         return found
 
     def _problem(self, prompt: str) -> Problem:
-        operands = [self._amount(character) for character in prompt[:-1]]
-        state, sums = 0, []
+        start, operands = self._read(prompt)
+        state, sums = start, []
         for operand in operands:
             state = (state + operand) % self.states
             sums.append(self._token(state))
-        entry: dict[str, Any] = {"operands": operands}
+        entry: dict[str, Any] = {"operands": operands} | ({"start": start} if start else {})
         return Problem(prompt=prompt, answer="".join(sums), entry=entry)
 
     def score(self, problem: Problem, completion: str, ended: bool) -> float:
@@ -102,7 +102,7 @@ class ChainOfSums:
 
     def demonstrate(self, problem: Problem, rng: random.Random) -> str:
         """One response of the demonstrator, one character a sum, without the end token."""
-        state, sums = 0, []
+        state, sums = problem.entry.get("start", 0), []
         for operand in problem.entry["operands"]:
             state = self._step(state, operand, rng)
             sums.append(self._token(state))
@@ -194,8 +194,8 @@ class RunningSum(ChainOfSums):
     def _prompt(self, rng: random.Random) -> str:
         return "".join(rng.choices("0123456789"[: self.max_operand + 1], k=self.operands)) + "="
 
-    def _amount(self, character: str) -> int:
-        return int(character)
+    def _read(self, prompt: str) -> tuple[int, list[int]]:
+        return 0, [int(character) for character in prompt[:-1]]
 
     def _token(self, state: int) -> str:
         return str(state)

@@ -147,7 +147,7 @@ function differences(setting, name) {
         color: hue(arm),
       },
     })),
-    title: `${name}: ${study.reference} less each arm`,
+    title: `${name}: reference less each arm`,
     layout: {
       xaxis: titled(`difference, ${SCORE_TITLES[kind()]}`, { zeroline: true, zerolinewidth: 2 }),
       yaxis: { autorange: "reversed", type: "category", rangemode: "normal" },
@@ -163,6 +163,7 @@ function alongAxis(value, title) {
     const points = settings
       .filter(([, setting]) => setting.arms[name])
       .map(([setting, { arms }]) => [study.at[setting], value(arms[name])])
+      .filter(([, found]) => found !== null)
       .sort((a, b) => a[0] - b[0]);
     return { name, colour: hue(name), style: dash(name), x: points.map((p) => p[0]), y: points.map((p) => p[1]) };
   });
@@ -233,7 +234,8 @@ options(
 );
 byId("about").textContent =
   `${study.runs} runs, ${study.cpu_hours} CPU hours. Reference: ${study.reference}.` +
-  (study.missing ? ` ${study.missing} runs are still missing.` : "");
+  (study.missing ? ` ${study.missing} runs are not there, ${study.failed} of them failed.` : "") +
+  (study.versions.length > 1 ? ` The runs come from ${study.versions.length} sets of versions.` : "");
 showPictures();
 showTables();
 renderAll();
