@@ -55,9 +55,12 @@ def train(
         typer.Option(help="Also run this method from the same start on the same problems. Repeatable."),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="running_sum, reasoning_gym:NAME?option=value, or math:FILE.jsonl.")
+        str | None,
+        typer.Option(help="running_sum, long_tail_sum, reasoning_gym:NAME?option=value, or math:FILE.jsonl."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="tiny, a folder, or a hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="tiny, tiny?layers=4&width=144&heads=6, a folder, or a hub id.")
+    ] = None,
     gguf_file: Annotated[str | None, typer.Option(help="The GGUF file inside the --model folder.")] = None,
     rollouts: Annotated[int | None, typer.Option(help="Rollout batches.")] = None,
     prompts: Annotated[int | None, typer.Option(help="Problems a rollout.")] = None,
@@ -67,6 +70,9 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over each rollout batch.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="AdamW's.")] = None,
     max_completion_tokens: Annotated[int | None, typer.Option(help="Longest response; default: the task's.")] = None,
+    sampler_noise: Annotated[
+        float | None, typer.Option(help="Standard deviation of noise on the sampler's logits: an engine's mismatch.")
+    ] = None,
     certificate: Annotated[
         bool | None, typer.Option("--certificate", help="Log an estimate of the policy-improvement bound an update.")
     ] = None,

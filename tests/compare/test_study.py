@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 import json
+import re
 
 import pytest
 from rows import CONTENT, SEARCH, line, study
 
+from cppo.compare.results import ResultFolder
 from cppo.compare.scores import area
 from cppo.compare.search import choose, first_cells, second_cells, unfinished
 from cppo.compare.study import SEARCHED, Cell, Rows, load_study, make_study
@@ -183,3 +185,17 @@ def test_every_study_of_the_repository_is_whole(pytestconfig):
     assert len(files) > 1
     for file in files:
         assert load_study(file).cells()
+
+
+def test_the_committed_lines_belong_to_their_studies(pytestconfig):
+    folders = [path.parent for path in (pytestconfig.rootpath / "docs" / "studies").glob("*/results.jsonl")]
+    assert folders
+    for path in folders:
+        folder = ResultFolder(path)
+        assert folder.study.read_text() == (pytestconfig.rootpath / "studies" / f"{path.name}.yaml").read_text()
+        plan, rows = load_study(folder.study), folder.rows()
+        found = [cell for cell in plan.cells() if rows.of(cell) is not None]
+        if plan.search is None:
+            assert len(found) == len(rows), path  # a line that no cell takes was run with other settings
+        page = (pytestconfig.rootpath / "docs" / "experiments.md").read_text()
+        assert re.search(rf"\| `{path.name}` \|.*\| {len(plan.cells())} \| {len(found)} \|", page)
