@@ -21,12 +21,14 @@ def state_of(token):
 def test_a_long_tailed_sum_by_hand():
     task = LongTailSum(operands=9, values=64, letters=7)
     for problem in task.problems("train", 20, 3):
-        assert problem.prompt[-1] == "="
-        state = 0
-        for letter, token in zip(problem.prompt[:-1], problem.answer, strict=True):
+        start, letters, sign = problem.prompt[0], problem.prompt[1:-1], problem.prompt[-1]
+        state = state_of(start)
+        assert sign == "="
+        for letter, token in zip(letters, problem.answer, strict=True):
             state = (state + AMOUNTS[letter]) % 64
             assert state_of(token) == state
-        assert problem.entry == {"operands": [AMOUNTS[letter] for letter in problem.prompt[:-1]]}
+        assert problem.entry["operands"] == [AMOUNTS[letter] for letter in letters]
+        assert problem.entry.get("start", 0) == state_of(start)
         assert task.score(problem, problem.answer, True) == 1.0
         assert task.score(problem, problem.answer, False) == 0.0
         assert task.score(problem, problem.answer[:-1] + chr(0xAC00 + (state + 1) % 64), True) == 0.0
@@ -36,29 +38,41 @@ def test_every_letter_has_its_amount():
     task = LongTailSum(operands=40, values=8192, letters=10)
     seen = {}
     for problem in task.problems("train", 400, 0):
-        seen |= dict(zip(problem.prompt[:-1], problem.entry["operands"], strict=True))
+        seen |= dict(zip(problem.prompt[1:-1], problem.entry["operands"], strict=True))
     assert seen == AMOUNTS
 
 
 def test_letters_halve_in_frequency():
-    text = "".join(p.prompt[:-1] for p in LongTailSum(letters=4).problems("train", 1000, 0))
+    text = "".join(p.prompt[1:-1] for p in LongTailSum(letters=4).problems("train", 1000, 0))
     for index, letter in enumerate("abcd"):
         rate = 2.0**-index / sum(2.0**-i for i in range(4))
         assert abs(text.count(letter) / len(text) - rate) < 4 * math.sqrt(rate * (1 - rate) / len(text))
 
 
-def test_most_of_the_vocabulary_is_rare():
-    counts = collections.Counter(token for p in LongTailSum().problems("train", 2000, 0) for token in p.answer)
+def test_starts_follow_zipf():
+    starts = [state_of(p.prompt[0]) for p in LongTailSum(values=1024).problems("train", 4000, 0)]
+    assert min(starts) == 0
+    assert max(starts) > 900
+    for below in (1, 2, 32, 512, 1023):  # P(s_0 < m) = log(m + 1) / log(values)
+        rate = math.log(below + 1) / math.log(1024)
+        hits = sum(start < below for start in starts)
+        assert abs(hits / 4000 - rate) <= 4 * math.sqrt(rate * (1 - rate) / 4000) + 1e-9, below
+
+
+def test_every_value_is_used_and_most_of_the_vocabulary_is_rare():
+    problems = LongTailSum(values=1024).problems("train", 4000, 0)
+    counts = collections.Counter(token for p in problems for token in p.answer)
     ordered = [count for _, count in counts.most_common()]
-    assert sum(ordered[:51]) > 0.75 * sum(ordered)  # a tenth of the 512 values
-    assert sum(ordered[256:]) < 0.02 * sum(ordered)
+    assert len(ordered) == 1024
+    assert 0.6 < sum(ordered[:102]) / sum(ordered) < 0.7  # a tenth of them: two thirds of the tokens
+    assert 0.07 < sum(ordered[512:]) / sum(ordered) < 0.11  # the rarer half: a tenth
 
 
 def test_the_demonstrator_errs_and_slips_at_its_rates():
     task, rng = LongTailSum(error=0.06, slip=0.4), random.Random(0)
     slippery, calm = [], []
     for problem in task.problems("train", 2000, 0):
-        state = 0
+        state = state_of(problem.prompt[0])
         for operand, token in zip(problem.entry["operands"], task.demonstrate(problem, rng), strict=True):
             after = state_of(token)
             (slippery if state % 10 == 9 and operand > 0 else calm).append((after - state - operand) % 512)
@@ -91,9 +105,9 @@ def test_the_tokenizer_knows_every_value_as_one_token():
     tokenizer = build_char_tokenizer(task.alphabet)
     [problem] = task.problems("test", 1, 0)
     ids = tokenizer(problem.prompt + problem.answer)["input_ids"]
-    assert len(ids) == 49
+    assert len(ids) == 50
     assert tokenizer.unk_token_id not in ids
-    assert tokenizer.decode(ids[25:]) == problem.answer
+    assert tokenizer.decode(ids[26:]) == problem.answer
 
 
 @pytest.mark.parametrize(
