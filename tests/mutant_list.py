@@ -1359,7 +1359,7 @@ MUTANTS = [
         ),
         (
             "comparison: a line of other settings is taken",
-            "return row if all(content.get(name, value) == value for name, value in kept.items()) else None",
+            'return row if all(content.get(name, value) == value for name, value in row["config"].items()) else None',
             "return row",
         ),
     ),

@@ -89,6 +89,7 @@ def test_the_built_in_study_is_whole(pytestconfig):
         (["--quick", "--method", "grpo"], "expected one of STUDY, --quick and --method, got --quick and --method"),
         (["none.yaml"], "none.yaml: expected a study (YAML), or a folder with study.yaml"),
         (["--set", "epochs=2", "--quick"], "--set: expected --method"),
+        (["made-up", "--seeds", "9"], "--seeds: expected --method"),
         (["--method", "cppo", "--set", "epochs"], "--set 'epochs': expected NAME=VALUE"),
         (["--method", "cppo", "--set", "epoch=2"], "base: unknown 'epoch'"),
         (["--method", "cppo", "--set", "epochs=["], "--set 'epochs=[': expected a value as in YAML"),

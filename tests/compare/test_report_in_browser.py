@@ -1,9 +1,6 @@
 """The comparison's page in a real Chromium: its numbers, its choices, and names that are markup."""
 
-import shutil
-
 import pytest
-from playwright.sync_api import sync_playwright
 from rows import SEARCH, lines, study
 
 from cppo.compare.analysis import analyse
@@ -11,17 +8,6 @@ from cppo.compare.page import write_report
 from cppo.compare.study import Rows
 
 pytestmark = pytest.mark.train
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.fail("no chromium found: apt-get install chromium (these tests drive the report page in it)")
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

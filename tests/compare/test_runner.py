@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from cppo.compare.experiment import chosen_of, report, run_study
-from cppo.compare.results import ResultFolder, read_lines
+from cppo.compare.results import ResultFolder
 from cppo.compare.runner import Runner
 from cppo.compare.study import make_study
 from cppo.compare.worker import measures, tails
@@ -102,10 +102,11 @@ def test_what_is_there_is_not_run_again_and_what_is_added_runs_alone(finished, t
     assert [row["arm"] for row in added] == ["none", "none"]
 
 
-def test_lines_that_were_cut_off_are_run_again_with_the_same_numbers(finished, tmp_path):
+@pytest.mark.parametrize("cut", [-200, -1])  # in the middle of the last line, and just before its end
+def test_lines_that_were_cut_off_are_run_again_with_the_same_numbers(finished, tmp_path, cut):
     folder = ResultFolder(tmp_path)
     text = finished.results.read_text()
-    folder.results.write_text(text[: len(text) - 200])  # in the middle of the last line
+    folder.results.write_text(text[:cut])
     run_study(make_study(TINY), folder, runner(folder, jobs=1))
     one, two = by_key(folder), by_key(finished)
     assert {key: without_times(row) for key, row in one.items()} == {k: without_times(row) for k, row in two.items()}
@@ -122,7 +123,7 @@ def test_a_failing_run_is_noted_and_costs_the_others_nothing(finished, tmp_path)
     run_study(plan, folder, run)
     assert len(run.failed) == 1
     assert run.failed[0].startswith("default / none / seed 1: ValueError: ")
-    assert "Traceback" in read_lines(folder.failures, ("key", "error"))[0]["error"]
+    assert ["Traceback" in error for error in folder.failed().values()] == [True]
     document, _ = report(plan, folder, "final")
     assert (document["missing"], document["failed"]) == (1, 1)
     assert document["settings"]["default"]["without"] == {"none": {"failed": 1, "missing": 0}}

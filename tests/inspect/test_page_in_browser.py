@@ -2,13 +2,11 @@
 
 import json
 import re
-import shutil
 import time
 
 import pytest
 from logs import make_rows, write_log
 from page_documents import HOSTILE, SPECS, make_curve, make_document, make_example, make_hostile_document, make_run
-from playwright.sync_api import sync_playwright
 
 from cppo.inspect.page import write_page
 from cppo.inspect.runs import inspect_runs
@@ -17,17 +15,6 @@ pytestmark = pytest.mark.train
 
 DESK = {"viewport": {"width": 1280, "height": 900}}
 PHONE = {"viewport": {"width": 375, "height": 800}}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.fail("no chromium found: apt-get install chromium (these tests drive the report page in it)")
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 class Shelf:

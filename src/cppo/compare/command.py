@@ -29,7 +29,7 @@ def compare(
         list[str] | None,
         typer.Option(help="Without a study: compare this method. Repeatable; the first is the reference."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="With --method: how many, from 0.")] = 8,
+    seeds: Annotated[int | None, typer.Option(min=1, help="With --method: how many, from 0; default: 8.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="With --method: NAME=VALUE, a setting of `cppo train --config`. Repeatable."),
@@ -57,13 +57,14 @@ def compare(
     given = [name for name, value in (("STUDY", study), ("--quick", quick), ("--method", method)) if value]
     if len(given) != 1:
         raise ValueError(f"expected one of STUDY, --quick and --method, got {' and '.join(given) or 'none'}")
-    if method is None and settings:
-        raise ValueError("--set: expected --method; a study has its settings in its file")
+    for name, value in (("--set", settings), ("--seeds", seeds)):
+        if method is None and value:
+            raise ValueError(f"{name}: expected --method; a study has its own in its file")
     folder = _begun(study, into)
     if folder is None:
         if report_only:
             raise ValueError("--report-only: expected the folder of a comparison that was begun")
-        folder = _begin(study, method, seeds, settings or [], into)
+        folder = _begin(study, method, seeds or 8, settings or [], into)
     plan = load_study(folder.study)
     if reference is not None:
         plan = dataclasses.replace(plan, reference=reference)

@@ -17,7 +17,7 @@ from cppo.compare.search import choose, first_cells, second_cells, unfinished
 from cppo.compare.study import Study
 from cppo.compare.tables import all_tables, as_markdown, for_terminal, headlines
 from cppo.lab.folder import write_whole
-from cppo.lab.problems import Demonstrable
+from cppo.lab.problems import check_demonstrated
 from cppo.lab.tasks import make_task
 
 
@@ -67,12 +67,10 @@ def _check_tasks(study: Study) -> None:
         config = study.config(setting, next(iter(study.arms)), study.seeds[0])
         try:
             task = make_task(config.task)
+            if config.tiny:
+                check_demonstrated(task)
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"setting {setting!r}: {error}") from None
-        if config.tiny and (task.alphabet is None or not isinstance(task, Demonstrable)):
-            raise ValueError(
-                f"setting {setting!r}: the tiny model needs a task with a demonstrator; {task.name!r} has none"
-            )
 
 
 @contextmanager

@@ -5,13 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cppo.compare.study import Rows
-from cppo.lab.folder import write_whole
+from cppo.lab.folder import read_lines, write_whole
 
 # What a line must hold.
 _ROW = (
@@ -73,11 +73,11 @@ class ResultFolder:
 
     def rows(self) -> Rows:
         """Return the finished runs; a last line that was cut off is left out."""
-        return Rows(read_lines(self.results, _ROW))
+        return Rows(read_lines(self.results, *_holds(_ROW)))
 
     def failed(self) -> dict[str, str]:
         """Return the last error of the runs that failed, by key."""
-        return {row["key"]: str(row["error"]) for row in read_lines(self.failures, ("key", "error"))}
+        return {row["key"]: str(row["error"]) for row in read_lines(self.failures, *_holds(("key", "error")))}
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a finished run."""
@@ -100,26 +100,12 @@ def _append(path: Path, row: dict[str, Any]) -> None:
         file.write(line.encode())
 
 
-def read_lines(path: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return the lines of a JSON-lines file; a last one that was cut off is left out.
+def _holds(names: tuple[str, ...]) -> tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+    """Return what ``read_lines`` asks: lines that hold these names."""
 
-    Raises:
-        ValueError: naming file and line, for a line that is no object with the needed keys.
-    """
-    rows: list[dict[str, Any]] = []
-    if not path.is_file():
-        return rows
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: expected UTF-8") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and all(key in row for key in needed):
-            rows.append(row)
-        elif number < len(lines) or line.endswith("\n"):
-            raise ValueError(f"{path}, line {number}: expected a JSON object with {', '.join(needed)}")
-    return rows
+    def read(row: dict[str, Any]) -> dict[str, Any]:
+        for name in names:
+            row[name]
+        return row
+
+    return f"a JSON object with {', '.join(names)}", read

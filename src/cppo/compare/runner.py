@@ -134,7 +134,8 @@ class Runner:
         if not everything or not cells:
             return ""
         each = [statistics.median(self._seconds.get(cell.setting) or everything) for cell in cells]
-        minutes = round(max(*each, sum(each) / self._jobs, 60) / 60) if len(each) > 1 else max(1, round(each[0] / 60))
+        # No sooner than the longest run, however many processes there are.
+        minutes = max(1, round(max(*each, sum(each) / self._jobs) / 60))
         return f"about {minutes // 60} h {minutes % 60} min left" if minutes >= 60 else f"about {minutes} min left"
 
     def _progress(self) -> Progress:

@@ -85,8 +85,7 @@ class Rows:
         if row is None:
             return None
         content = cell.content
-        kept = {name: tuple(v) if isinstance(v, list) else v for name, v in row["config"].items()}
-        return row if all(content.get(name, value) == value for name, value in kept.items()) else None
+        return row if all(content.get(name, value) == value for name, value in row["config"].items()) else None
 
 
 def _hash(content: Mapping[str, Any]) -> str:

@@ -100,16 +100,16 @@ def stability(name: str, setting: dict[str, Any]) -> Plain:
             _number(figures["gap"]), _number(figures["tail"]), _number(figures["gradient_norm"]),
             _number(figures["largest_gradient_norm"]), _number(figures["last_entropy"]),
             _share(figures["masked"]), _share(figures["masked_positive"]), _share(figures["masked_negative"]),
-            _share(figures["budget_share"]),
+            _share(figures["budget_share"]), f"{entry['cpu_seconds']:.0f}",
         ))  # fmt: skip
     return Plain(
         f"{name}: stability",
         ("arm", "collapsed", "drift, 1st rollout", "drift", "drift, top tenth", "gradient norm", "largest",
-         "entropy, end", "masked", "of A > 0", "of A < 0", "by budget alone"),
+         "entropy, end", "masked", "of A > 0", "of A < 0", "by budget alone", "CPU s"),
         rows,
         "drift: mean |pi - mu| of the sampled tokens over all updates; top tenth: of the tenth that drifted most. "
         "collapsed: ends below half of its best evaluation, or below its start by two standard errors. by budget "
-        "alone: of the masked tokens.",
+        "alone: of the masked tokens. CPU s: of a run, its warm start apart.",
     )  # fmt: skip
 
 

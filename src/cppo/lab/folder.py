@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,20 @@ class RunFolder:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a ``metrics.jsonl``; a last line that was cut off is left out."""
+    return read_lines(path, "a JSON object with a step", lambda row: row | {"step": int(row["step"])})
+
+
+def read_lines(path: Path, expected: str, read: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of a JSON-lines file; one without its end was cut off and is left out.
+
+    Args:
+        path: the file; one that does not exist has no lines.
+        expected: what a line is to be, for the error.
+        read: takes a line's object to what is returned; what it raises makes the line a wrong one.
+
+    Raises:
+        ValueError: naming file and line.
+    """
     rows: list[dict[str, Any]] = []
     if not path.is_file():
         return rows
@@ -113,10 +128,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if not line.endswith("\n"):
             continue
         try:
-            row = json.loads(line)
-            rows.append(row | {"step": int(row["step"])})
+            rows.append(read(json.loads(line)))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            raise ValueError(f"{path}, line {number}: expected a JSON object with a step") from None
+            raise ValueError(f"{path}, line {number}: expected {expected}") from None
     return rows
 
 

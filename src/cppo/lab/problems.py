@@ -62,6 +62,20 @@ class Demonstrable(Protocol):
         ...
 
 
+def check_demonstrated(task: Task) -> str:
+    """Return the alphabet of a task that the tiny model can be warm-started on.
+
+    Raises:
+        ValueError: for a task without an alphabet or a demonstrator.
+    """
+    if task.alphabet is None or not isinstance(task, Demonstrable):
+        raise ValueError(
+            f"model='tiny': expected a task with a demonstrator to warm-start on; {task.name!r} has none (give --model "
+            "a pretrained model)"
+        )
+    return task.alphabet
+
+
 def split_of(text: str) -> Split:
     """The split that a prompt belongs to, by a hash: the same in every process, one in four is a test problem."""
     return (

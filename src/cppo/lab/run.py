@@ -32,7 +32,7 @@ from cppo.lab.folder import RunFolder, read_json, read_metrics, write_whole
 from cppo.lab.ledger import CpuLedger
 from cppo.lab.model import build_char_tokenizer, build_tiny_model, check_pretrained, load_pretrained
 from cppo.lab.noisy_engine import NoisyEngine
-from cppo.lab.problems import SPLITS, Demonstrable, Task
+from cppo.lab.problems import SPLITS, Task, check_demonstrated
 from cppo.lab.tasks import make_task
 from cppo.lab.trainer import LabTrainer, TaskReward
 from cppo.lab.warm_start import warm_start
@@ -325,16 +325,6 @@ def _check_trackers(names: tuple[str, ...]) -> None:
                 callback()  # one that is not installed says so when it is made
         except (ValueError, RuntimeError, ImportError) as error:
             raise ValueError(f"report_to={name!r}: expected a tracker that is known and installed; {error}") from error
-
-
-def check_demonstrated(task: Task) -> str:
-    """Return the alphabet of a task that the tiny model can be warm-started on."""
-    if task.alphabet is None or not isinstance(task, Demonstrable):
-        raise ValueError(
-            f"model='tiny': expected a task with a demonstrator to warm-start on; {task.name!r} has none (give --model "
-            "a pretrained model)"
-        )
-    return task.alphabet
 
 
 def beside_config(config: RunConfig, method: str) -> RunConfig:
