@@ -100,6 +100,7 @@ def test_the_built_in_study_is_whole(pytestconfig):
         (["made-up", "--report-only", "--reference", "ppo"], "reference='ppo': expected one of the arms"),
         (["--quick", "--into", "made-up"], "made-up: holds another study"),
         (["--quick", "--into", "."], "is not empty and holds no study.yaml"),
+        (["--quick", "--reuse", "nowhere"], "--reuse nowhere: expected the folder of a comparison, with study.yaml"),
         (["--quick", "--report-only", "--into", "new"], "--report-only: expected the folder of a comparison"),
     ],
 )  # fmt: skip

@@ -40,8 +40,8 @@ class Silence:
         pass
 
 
-def runner(folder, jobs=2, keep=False):
-    return Runner(folder, jobs, Console(quiet=True), keep=keep, quiet=True)
+def runner(folder, jobs=2, keep=False, reuse=()):
+    return Runner(folder, jobs, Console(quiet=True), keep=keep, quiet=True, reuse=reuse)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,28 @@ def test_what_is_there_is_not_run_again_and_what_is_added_runs_alone(finished, t
     assert folder.results.read_bytes().startswith(before)
     added = [row for key, row in by_key(folder).items() if key not in by_key(finished)]
     assert [row["arm"] for row in added] == ["none", "none"]
+
+
+def test_runs_and_starts_of_another_study_are_taken_under_this_ones_names(finished, tmp_path):
+    other = TINY | {
+        "seeds": {"first": 1, "count": 2},
+        "settings": {"as there": {}, "longer": {"rollouts": 3}},
+        "arms": {"ratio": "grpo"}, "reference": "ratio",
+    }  # fmt: skip
+    folder = ResultFolder(tmp_path)
+    folder.study.write_text(json.dumps(other))
+    run_study(make_study(other), folder, runner(folder, reuse=[finished]))
+    there = {(row["arm"], row["seed"]): row for row in finished.rows()}
+    here = {(row["setting"], row["seed"]): row for row in folder.rows()}
+    assert set(here) == {("as there", 1), ("as there", 2), ("longer", 1), ("longer", 2)}
+    assert here["as there", 1] == there["grpo", 1] | {"setting": "as there", "arm": "ratio"}
+    # The start of seed 1 was taken, so its time of writing is the older one; that of seed 2 was made.
+    ages = {path.name: (path / "model.safetensors").stat().st_mtime for path in folder.starts.iterdir()}
+    older = {path.name: (path / "model.safetensors").stat().st_mtime for path in finished.starts.iterdir()}
+    assert len(ages) == 2
+    assert [age for name, age in ages.items() if name in older] == [older[name] for name in ages if name in older]
+    assert len(set(ages) & set(older)) == 1
+    assert here["longer", 1]["accuracy"][0] == here["as there", 1]["accuracy"][0]
 
 
 @pytest.mark.parametrize("cut", [-200, -1])  # in the middle of the last line, and just before its end

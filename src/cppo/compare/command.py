@@ -38,6 +38,10 @@ def compare(
     into: Annotated[Path | None, typer.Option(help="The folder of the results; default: comparisons/NAME.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes, a thread each; default: one a core.")] = None,
     keep_runs: Annotated[bool, typer.Option(help="Keep every run's folder, for `cppo inspect`.")] = False,
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(help="The folder of another study, from which runs that are the same are taken. Repeatable."),
+    ] = None,
     report_only: Annotated[bool, typer.Option(help="Run nothing; make the report of what is there.")] = False,
     reference: Annotated[str | None, typer.Option(help="Compare with this arm instead of the study's.")] = None,
     score: Annotated[str, typer.Option(help="Score of the tables printed: final, best or area.")] = "final",
@@ -60,6 +64,7 @@ def compare(
     for name, value in (("--set", settings), ("--seeds", seeds)):
         if method is None and value:
             raise ValueError(f"{name}: expected --method; a study has its own in its file")
+    others = [_other(path) for path in reuse or []]
     folder = _begun(study, into)
     if folder is None:
         if report_only:
@@ -69,7 +74,7 @@ def compare(
     if reference is not None:
         plan = dataclasses.replace(plan, reference=reference)
     console = Console(stderr=as_json)
-    runner = Runner(folder, jobs or len(os.sched_getaffinity(0)), console, keep=keep_runs, quiet=as_json)
+    runner = Runner(folder, jobs or len(os.sched_getaffinity(0)), console, keep=keep_runs, quiet=as_json, reuse=others)
     if not report_only:
         run_study(plan, folder, runner)
     if runner.failed and not len(folder.rows()):
@@ -85,6 +90,14 @@ def compare(
         raise ValueError(
             f"{len(runner.failed)} runs failed ({folder.failures} has the tracebacks), the first: {runner.failed[0]}"
         )
+
+
+def _other(path: Path) -> ResultFolder:
+    from cppo.compare.results import ResultFolder
+
+    if not (path / "study.yaml").is_file():
+        raise ValueError(f"--reuse {path}: expected the folder of a comparison, with study.yaml")
+    return ResultFolder(path)
 
 
 def _begun(study: Path | None, into: Path | None) -> ResultFolder | None:

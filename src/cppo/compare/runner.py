@@ -5,9 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
+import shutil
 import statistics
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -34,11 +35,21 @@ class Runner:
         keep: keep each run's own folder under ``runs/``.
         console: of the progress bar.
         quiet: no bar.
+        reuse: folders of other studies; runs and warm starts that this one means too are taken from them.
     """
 
-    def __init__(self, folder: ResultFolder, jobs: int, console: Console, *, keep: bool, quiet: bool) -> None:
+    def __init__(
+        self,
+        folder: ResultFolder,
+        jobs: int,
+        console: Console,
+        *,
+        keep: bool,
+        quiet: bool,
+        reuse: Sequence[ResultFolder] = (),
+    ) -> None:
         self._folder, self._jobs, self._keep = folder, jobs, keep
-        self._console, self._quiet = console, quiet
+        self._console, self._quiet, self._reuse = console, quiet, reuse
         self._seconds: dict[str, list[float]] = {}
         self.failed: list[str] = []
 
@@ -48,6 +59,8 @@ class Runner:
         Raises:
             ValueError: if a warm start could not be made, or a worker process died.
         """
+        cells = list(cells)
+        self._take_lines(cells)
         rows = self._folder.rows()
         self._seconds = {}
         for row in rows:
@@ -56,7 +69,9 @@ class Runner:
         if not missing:
             return
         starts = {cell.start_key: cell for cell in missing if cell.config.tiny}
-        starts = {key: cell for key, cell in starts.items() if not is_start(self._start(key))}
+        starts = {
+            key: cell for key, cell in starts.items() if not is_start(self._start(key)) and not self._take_start(key)
+        }
         with (
             _one_thread(),
             ProcessPoolExecutor(
@@ -77,6 +92,22 @@ class Runner:
                 for process in multiprocessing.active_children():
                     process.terminate()
                 raise
+
+    def _take_lines(self, cells: list[Cell]) -> None:
+        own, others = self._folder.rows(), [folder.rows() for folder in self._reuse]
+        for cell in {cell.key: cell for cell in cells if own.of(cell) is None}.values():
+            row = next((row for rows in others if (row := rows.of(cell)) is not None), None)
+            if row is not None:
+                self._folder.append(row | {"setting": cell.setting, "arm": cell.arm})
+
+    def _take_start(self, key: str) -> bool:
+        for other in self._reuse:
+            if is_start(other.starts / key):
+                part = self._folder.starts / f".{key}"
+                shutil.copytree(other.starts / key, part, dirs_exist_ok=True)
+                part.rename(self._start(key))
+                return True
+        return False
 
     def _start(self, key: str) -> Path:
         return self._folder.starts / key
