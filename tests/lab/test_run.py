@@ -279,6 +279,7 @@ def test_a_lora_run_resumes_and_its_final_model_loads_by_itself(tmp_path):
         ("rolouts: 3", "unknown setting 'rolouts'"),
         ("- 1", "expected settings"),
         ("a: [", "cannot be read as YAML"),
+        ("epochs: 2\nseed: 1\nepochs: 4", "'epochs' stands there twice"),
         ("method: ppo", "method='ppo'"),
         ("method: cppo?delt=1", "no knob 'delt'"),
         ("minibatch: 7", "minibatch=7: expected a divisor"),

@@ -10,9 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cppo.lab.config import RunConfig
+from cppo.lab.config import RunConfig, read_yaml
 
 SEARCHED = " (searched)"
 # What does not change a run's numbers, and what is the study's own to set.
@@ -202,10 +200,7 @@ def load_study(path: Path) -> Study:
     Raises:
         ValueError: naming the file and what in it is wrong.
     """
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     try:
         return make_study(content)
     except ValueError as error:

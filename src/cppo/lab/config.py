@@ -196,16 +196,36 @@ def _check_integer(name: str, value: object, low: int) -> None:
         raise ValueError(f"{name}={value!r}: expected an integer >= {low}")
 
 
+class _StrictLoader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands there twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds; a name that stands twice, of which YAML would keep the last, is refused.
+
+    Raises:
+        ValueError: naming the file and what is wrong.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+
+
 def load_config(path: Path) -> RunConfig:
     """Read a YAML file of settings.
 
     Raises:
         ValueError: naming the file, and the setting that is unknown or wrong.
     """
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected settings (name: value), got {type(content).__name__}")
     content = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}

@@ -157,17 +157,42 @@ function differences(setting, name) {
   };
 }
 
-function alongAxis(value, title) {
-  const names = armNames.filter(shown);
-  const lines = names.map((name) => {
-    const points = settings
-      .filter(([, setting]) => setting.arms[name])
-      .map(([setting, { arms }]) => [study.at[setting], value(arms[name])])
-      .filter(([, found]) => found !== null)
-      .sort((a, b) => a[0] - b[0]);
-    return { name, colour: hue(name), style: dash(name), x: points.map((p) => p[0]), y: points.map((p) => p[1]) };
-  });
-  return { lines, layout: { xaxis: titled(study.axis), yaxis: titled(title), hovermode: "closest" } };
+// Places that span a factor of four or more stand on a logarithmic axis.
+function axis() {
+  const places = [...new Set(Object.values(study.at))].sort((a, b) => a - b);
+  const ticks = { tickmode: "array", tickvals: places, ticktext: places.map(String) };
+  const wide = places[0] > 0 && places.at(-1) >= 4 * places[0];
+  return titled(study.axis, wide ? { type: "log", rangemode: "normal", ...ticks } : ticks);
+}
+
+function alongAxis(value, title, bounds) {
+  const found = armNames.filter(shown).map((name) => [
+    name,
+    settings
+      .filter(([, setting]) => setting.arms[name] && value(setting.arms[name]) !== null)
+      .map(([setting, { arms }]) => [study.at[setting], arms[name]])
+      .sort((a, b) => a[0] - b[0]),
+  ]);
+  return {
+    lines: found.map(([name, points]) => ({
+      name,
+      colour: hue(name),
+      style: dash(name),
+      x: points.map(([place]) => place),
+      y: points.map(([, arm]) => value(arm)),
+    })),
+    traces: found.flatMap(([name, points]) => {
+      const bounded = bounds ? points.filter(([, arm]) => bounds(arm)) : [];
+      if (!bounded.length) return [];
+      return band(
+        bounded.map(([place]) => place),
+        bounded.map(([, arm]) => bounds(arm)[0]),
+        bounded.map(([, arm]) => bounds(arm)[1]),
+        hue(name),
+      );
+    }),
+    layout: { xaxis: axis(), yaxis: titled(title), hovermode: "closest" },
+  };
 }
 
 function height(setting) {
@@ -179,8 +204,8 @@ function showPictures() {
     byId("axis").hidden = false;
     byId("axis-title").textContent = `Along ${study.axis}`;
     const parent = byId("axis-pictures");
-    picture(parent, "Accuracy", "Mean over the seeds.", () =>
-      alongAxis((arm) => arm.scores[kind()].mean, SCORE_TITLES[kind()]));
+    picture(parent, "Accuracy", "Mean over the seeds, 95 % interval.", () =>
+      alongAxis((arm) => arm.scores[kind()].mean, SCORE_TITLES[kind()], (arm) => arm.scores[kind()].mean_interval));
     picture(parent, "Drift", "Mean |pi - mu| of the sampled tokens.", () => alongAxis((arm) => arm.stability.gap, "drift"));
     picture(parent, "Masked", "Share of the tokens.", () => alongAxis((arm) => arm.stability.masked, "masked"));
   }

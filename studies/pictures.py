@@ -1,0 +1,69 @@
+"""Make the pictures of docs/experiments.md from the studies' pages, with chromium and Playwright (the test extra).
+
+``python studies/pictures.py [STUDY ..]``: docs/images/compare-STUDY.png from docs/studies/STUDY/report.html, which
+``cppo compare docs/studies/STUDY --report-only`` makes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+# study -> the score, and of which setting ("" for the pictures of several) which pictures, two a row.
+PICTURES = {
+    "drift": ("final", [
+        ("short drift", "Held-out accuracy"), ("short drift", "Every seed"),
+        ("tail drift", "Held-out accuracy"), ("tail drift", "Every seed"),
+        ("long drift", "Held-out accuracy"), ("long drift", "Every seed"),
+    ]),
+    "learning_rate": ("final", [("", "Accuracy"), ("", "Drift")]),
+    "staleness": ("final", [("", "Accuracy"), ("", "Drift")]),
+    "mismatch": ("final", [("", "Accuracy"), ("", "Masked")]),
+    "ablations": ("area", [
+        ("", "short drift: reference less each arm"), ("", "tail drift: reference less each arm"),
+    ]),
+}  # fmt: skip
+GATHER = """wanted => {
+  const box = document.createElement("div");
+  box.className = "pictures";
+  document.querySelector("main").prepend(box);
+  for (const [setting, title] of wanted) {
+    const found = [...document.querySelectorAll("figure")].filter((figure) => {
+      const above = figure.parentElement.previousElementSibling;
+      const group = above && above.matches("h3") && above.closest("#curves") ? above.textContent : "";
+      return figure.querySelector("h4").textContent === title && group === setting;
+    });
+    if (found.length !== 1) throw new Error(`${setting} / ${title}: ${found.length} pictures`);
+    if (setting) found[0].querySelector("h4").prepend(`${setting}: `);
+    box.append(found[0]);
+  }
+  box.id = "gathered";
+}"""
+
+
+def main(studies: list[str]) -> None:
+    """Make the pictures of these studies, or of all whose page is there."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for study in studies or PICTURES:
+            report = DOCS / "studies" / study / "report.html"
+            if not report.is_file() and not studies:
+                continue
+            score, wanted = PICTURES[study]
+            page = browser.new_page(viewport={"width": 1100, "height": 900})
+            page.goto(report.as_uri())
+            page.select_option("#kind", score)
+            page.wait_for_timeout(1500)
+            page.evaluate(GATHER, wanted)
+            target = DOCS / "images" / f"compare-{study}.png"
+            page.locator("#gathered").screenshot(path=target)
+            print(target)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
