@@ -18,6 +18,8 @@ def make_method(spec, *, steps, shift=0.0, budget=0.0):
         "budget_by_step": [value / 2 for value in ramp], "delta_b_by_step": [0.004] * steps if budget else None,
         "masked_by_position": [0.001 * index for index in range(24)],
         "budget_by_position": [0.0005 * index for index in range(24)],
+        "masked_positive_by_probability": [None, 0.3 + shift, 0.2, 0.1, 0.05, 0.01],
+        "masked_negative_by_probability": [None, 0.6, 0.4 + shift, 0.2, 0.1, 0.02],
     }  # fmt: skip
 
 
@@ -64,6 +66,10 @@ def make_run(name="first", *, steps=12, examples=None, hostile=""):
         "positions": {
             "mean": [0.01] * 24, "tail": [0.1] * 24, "tokens": [50] * 24,
             "allowance": [0.05 + 0.001 * index for index in range(24)], "allowance_note": None,
+        },
+        "probabilities": {
+            "edges": [0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 1.0],
+            "tokens_positive": [0, 12, 345, 6789, 10111, 50000], "tokens_negative": [0, 21, 543, 9876, 11110, 60000],
         },
         "methods": [
             make_method(SPECS[0], steps=steps, budget=0.032162), make_method(SPECS[1], steps=steps, shift=0.05),

@@ -51,6 +51,19 @@ def test_the_terminal_shows_texts_once_escaped_and_what_the_thresholds_reach(run
     assert f"), which masks {reached:.1%}. The paper's delta" in shown
 
 
+def test_the_terminal_says_which_tokens_were_rejected_by_their_probability(run):
+    console = Console(width=200, file=io.StringIO())
+    document = inspect_runs([run], own="cppo?delta=0.1", beside=())
+    print_document(document, console)
+    found, own = document["runs"][0]["probabilities"], document["runs"][0]["methods"][0]
+    assert sum(found["tokens_positive"] + found["tokens_negative"]) <= document["runs"][0]["tokens"]
+    rows = [line.replace("│", " ").split() for line in console.file.getvalue().splitlines() if "0.1 - 0.5" in line]
+    assert rows == [[
+        "0.1", "-", "0.5", f"{own['masked_positive_by_probability'][3]:.1%}", f"{found['tokens_positive'][3]:,}",
+        f"{own['masked_negative_by_probability'][3]:.1%}", f"{found['tokens_negative'][3]:,}",
+    ]]  # fmt: skip
+
+
 def test_json_is_the_document(run):
     done = inspect(run, "--method", "dppo", "--beside", "cppo", "--beside", "grpo", "--masked", "0.1", "--json")
     assert done.returncode == 0, done.stderr

@@ -212,8 +212,12 @@ def test_switching_the_method_redraws_the_pictures(desk):
     assert masked.locator(".legend").inner_text() == "dppo: masked"
     assert own != "dppo: masked"
     assert "no prefix budget" in page.locator("#by-update figure").nth(1).inner_text()
+    positive = page.locator("#by-probability figure").first
+    assert positive.locator(".legend").inner_text() == "dppo"
+    assert "0, 12, 345, 6,789, 10,111, 50,000 tokens." in positive.inner_text()
     page.select_option("#method", "every method")
     assert masked.locator(".js-line").count() == 3
+    assert positive.locator(".js-line").count() == 3
     page.select_option("#series", "chi_squared")
     assert page.locator("#other-series h4").inner_text() == "Chi-squared divergence"
 

@@ -9,7 +9,7 @@ from logs import make_rows, write_log
 
 import cppo
 from cppo.inspect.reading import Log
-from cppo.inspect.replay import BINS, Replay, replayable
+from cppo.inspect.replay import BINS, PROBABILITIES, Replay, replayable
 from cppo.inspect.runs import inspect_runs
 
 pytestmark = pytest.mark.train
@@ -22,10 +22,10 @@ MEASURED = ["cppo?divergence=topk_tv&delta=0.1", "dppo?divergence=exact_kl&delta
 
 
 def recount(spec, rows, steps):
-    """Return the counts of one method: step, bin, cause; and sums of k |A| and rho |A| by step, one row at a time."""
+    """Return a method's counts by step, bin and cause, and by mu and sign; sums of k |A| and rho |A| by step."""
     method = cppo.parse_method(spec)
     counts = np.zeros((len(steps), BINS, 4), dtype=int)
-    signs = np.zeros((3, 2), dtype=int)
+    likelihoods = np.zeros((6, 3, 2), dtype=int)
     weight, plain, budget = [], [], []
     for row in rows:
         step = steps.index(row["step"])
@@ -41,7 +41,9 @@ def recount(spec, rows, steps):
         written = [t for t, mine in enumerate(row["response_mask"]) if mine]
         for place, t in enumerate(written):
             counts[step, place * BINS // len(written), codes[t]] += 1
-            signs[int(np.sign(row["advantage"])) + 1] += (1, codes[t] > 0)
+            mu = math.exp(row["rollout_logp"][t])
+            likelihood = sum(mu >= edge for edge in PROBABILITIES[1:-1])
+            likelihoods[likelihood, int(np.sign(row["advantage"])) + 1, int(codes[t] > 0)] += 1
             weight.append((step, abs(coefficients[t]) * abs(row["advantage"])))
             plain.append(
                 (
@@ -54,7 +56,7 @@ def recount(spec, rows, steps):
     sums = [
         [math.fsum(v for s, v in part if s == step) for step in range(len(steps))] for part in (weight, plain, budget)
     ]
-    return counts, signs, *sums
+    return counts, likelihoods, *sums
 
 
 @pytest.mark.parametrize("divergence", [False, True])
@@ -70,9 +72,10 @@ def test_counts_equal_a_recount_response_by_response(tmp_path, divergence, token
         replay.add(chunk)
     acted = 0
     for judged in replay.judged:
-        counts, signs, weight, plain, budget = recount(judged.spec, rows, steps)
+        counts, likelihoods, weight, plain, budget = recount(judged.spec, rows, steps)
         np.testing.assert_array_equal(judged.counts, counts, err_msg=judged.spec)
-        np.testing.assert_array_equal(judged.signs, signs, err_msg=judged.spec)
+        np.testing.assert_array_equal(judged.by_probability, likelihoods, err_msg=judged.spec)
+        assert judged.signs.tolist() == [[int(pair.sum()), int(pair[1])] for pair in likelihoods.sum(0)]
         np.testing.assert_allclose(judged.weight, weight, rtol=1e-5, err_msg=judged.spec)
         np.testing.assert_allclose(judged.unmasked_weight, plain, rtol=1e-5, err_msg=judged.spec)
         np.testing.assert_allclose(judged.delta_b[:, 0], budget, rtol=1e-5, err_msg=judged.spec)

@@ -17,6 +17,8 @@ from cppo.methods import Method, needed_inputs, parse_method
 from cppo.objective import decide
 
 BINS = 24  # of relative position in the response
+# Where the bins of the sampler's probability mu begin and end.
+PROBABILITIES = (0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 1.0)
 
 
 def decide_chunk(method: Method, chunk: Chunk) -> Decision:
@@ -61,8 +63,8 @@ class Judged:
     method: Method
     # Axis 0: step (in the log's order); axis 1: bin; axis 2: kept, token threshold, prefix budget, any other rule.
     counts: NDArray[np.int64]
-    # By sign of the advantage (-, 0, +): tokens and rejected ones.
-    signs: NDArray[np.int64]
+    # Axis 0: bin of mu; axis 1: sign of the advantage (-, 0, +); axis 2: kept, rejected.
+    by_probability: NDArray[np.int64]
     weight: NDArray[np.float64]  # sums of k |A| by step: what is left of the gradient's weight
     unmasked_weight: NDArray[np.float64]  # sums of rho |A|: that without a trust region, the same of every method
     delta_b: NDArray[np.float64]  # sums over responses by step, and how many; zeros for a method without
@@ -77,6 +79,12 @@ class Judged:
     def rejected(self) -> NDArray[np.int64]:
         """By cause: token threshold, prefix budget, any other rule."""
         return self.counts.sum((0, 1))[1:]  # type: ignore[no-any-return]
+
+    @property
+    def signs(self) -> NDArray[np.int64]:
+        """By sign of the advantage (-, 0, +): tokens, and rejected ones."""
+        counts = self.by_probability.sum(0)
+        return np.stack([counts.sum(1), counts[:, 1]], 1)
 
     @property
     def masked(self) -> float:
@@ -98,7 +106,8 @@ class Replay:
         self._unmasked_weight = np.zeros(len(steps))
         self.judged = [
             Judged(
-                spec, parse_method(spec), np.zeros(shape, np.int64), np.zeros((3, 2), np.int64),
+                spec, parse_method(spec), np.zeros(shape, np.int64),
+                np.zeros((len(PROBABILITIES) - 1, 3, 2), np.int64),
                 np.zeros(len(steps)), self._unmasked_weight, np.zeros((len(steps), 2)),
             )
             for spec in specs
@@ -113,7 +122,8 @@ class Replay:
         token_place = place[response][mask]
         cell = (token_place * BINS + bins[mask]) * 4
         advantage = np.repeat(chunk.advantage, chunk.lengths)[mask]
-        sign = np.sign(advantage).astype(np.int64) + 1
+        likelihood = np.searchsorted(np.log(PROBABILITIES[1:-1]), chunk.rollout_logp[mask], side="right")
+        likelihood_sign = (likelihood * 3 + np.sign(advantage).astype(np.int64) + 1) * 2
         kept = torch.from_numpy(mask)
         log_ratio = np.clip(chunk.logp[mask].astype(np.float64) - chunk.rollout_logp[mask], -20, 20)
         plain = np.exp(log_ratio) * np.abs(advantage)
@@ -123,8 +133,8 @@ class Replay:
             decision = decide_chunk(judged.method, chunk)
             codes = _numpy(decision.rejected_by, kept)
             judged.counts += np.bincount(cell + codes, minlength=judged.counts.size).reshape(judged.counts.shape)
-            pairs = np.bincount(sign * 2 + (codes > 0), minlength=6).reshape(3, 2)
-            judged.signs += np.stack([pairs.sum(1), pairs[:, 1]], 1)
+            pairs = np.bincount(likelihood_sign + (codes > 0), minlength=judged.by_probability.size)
+            judged.by_probability += pairs.reshape(judged.by_probability.shape)
             left = np.abs(_numpy(decision.coefficient, kept)) * np.abs(advantage)
             judged.weight += np.bincount(token_place, left, minlength=len(self._place))
             if decision.trace.delta_b is not None:

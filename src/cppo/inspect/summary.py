@@ -13,7 +13,7 @@ from cppo.inspect.examples import SHOWN_TOKENS, RejectedTokens, Shown
 from cppo.inspect.measures import Measures, divide
 from cppo.inspect.oddities import Oddities
 from cppo.inspect.reading import Chunk, Log
-from cppo.inspect.replay import BINS, Judged, Replay, replayable
+from cppo.inspect.replay import BINS, PROBABILITIES, Judged, Replay, replayable
 from cppo.inspect.statement import TokenTexts, number, numbers, statement
 from cppo.inspect.thresholds import Sample, suggest
 from cppo.methods import CPPO, Method, method_name, parse_method
@@ -94,6 +94,11 @@ def summarise(
             "allowance": _allowance(judged[0].method),
             "allowance_note": _allowance_note(judged[0].method),
         },
+        "probabilities": {
+            "edges": list(PROBABILITIES),
+            "tokens_positive": judged[0].by_probability[:, 2].sum(1).tolist(),
+            "tokens_negative": judged[0].by_probability[:, 0].sum(1).tolist(),
+        },
         "methods": [_method_entry(item, judged[0]) for item in judged],
         "left_out": left_out,
         "rejected_tokens": rejected.most(texts),
@@ -153,6 +158,12 @@ def _method_entry(item: Judged, own: Judged) -> dict[str, Any]:
         else None,
         "masked_by_position": numbers(_share(by_bin)),
         "budget_by_position": numbers(by_bin[:, 2] / np.maximum(1, by_bin.sum(1))),
+        "masked_positive_by_probability": numbers(
+            divide(item.by_probability[:, 2, 1], item.by_probability[:, 2].sum(1))
+        ),
+        "masked_negative_by_probability": numbers(
+            divide(item.by_probability[:, 0, 1], item.by_probability[:, 0].sum(1))
+        ),
     }
 
 

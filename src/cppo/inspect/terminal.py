@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from rich.console import Console
@@ -36,6 +37,8 @@ def print_document(document: dict[str, Any], console: Console) -> None:
         for spec, reason in run["left_out"].items():
             console.print(Text(f"{spec}: {reason}", style="dim"))
         console.print()
+        console.print(_probabilities(run))
+        console.print()
         if run["rejected_tokens"]:
             named = (
                 f"{e['id'] if e['text'] is None else _quoted(e['text'])} {e['rejected']} of {e['count']}"
@@ -58,6 +61,22 @@ def _methods(run: dict[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for entry in run["methods"]:
         table.add_row(Text(entry["spec"]), *(_percent(entry[key]) for key in columns.values()))
+    return table
+
+
+def _probabilities(run: dict[str, Any]) -> Table:
+    title = "Rejected, by probability under the sampler"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("mu")
+    for name in ("A > 0", "of", "A < 0", "of"):
+        table.add_column(name, justify="right")
+    edges, own = run["probabilities"]["edges"], run["methods"][0]
+    for place, (low, high) in enumerate(itertools.pairwise(edges)):
+        cells = [f"{low:g} - {high:g}"]
+        for sign in ("positive", "negative"):
+            cells.append(_percent(own[f"masked_{sign}_by_probability"][place]))
+            cells.append(f"{run['probabilities'][f'tokens_{sign}'][place]:,}")
+        table.add_row(*cells)
     return table
 
 

@@ -228,6 +228,12 @@ function maskedLines(x, masked, budget) {
   });
 }
 
+function tokensOf(key) {
+  return runs
+    .map((run) => `${several ? `${clip(String(run.name), 60)}: ` : ""}${run.probabilities[key].map(number).join(", ")} tokens.`)
+    .join(" ");
+}
+
 function showPictures() {
   const centres = (run) => run.positions.mean.map((_, index, all) => (index + 0.5) / all.length);
   const specs = [...new Set(runs.flatMap((run) => run.methods.map((entry) => entry.spec)))];
@@ -284,6 +290,31 @@ function showPictures() {
       340,
     ),
   ];
+
+  const ranges = runs[0].probabilities.edges.slice(1).map((to, index) => `${runs[0].probabilities.edges[index]} - ${to}`);
+  for (const [sign, key, direction] of [
+    ["positive", "masked_positive_by_probability", "that training makes likelier"],
+    ["negative", "masked_negative_by_probability", "that training makes less likely"],
+  ]) {
+    methodPictures.push(
+      picture(
+        byId("by-probability"),
+        `Masked share of ${sign} A`,
+        `Share of the tokens ${direction}, by their probability under the sampler.`,
+        () => ({
+          lines: chosenMethods().map(({ run, entry, colour: hue, style: dash }) => ({
+            name: lineName(run, entry.spec),
+            colour: hue,
+            style: dash,
+            x: ranges,
+            y: entry[key],
+          })),
+          layout: { xaxis: titled("mu", { type: "category" }), yaxis: { tickformat: ".1%" } },
+          note: tokensOf(`tokens_${sign}`),
+        }),
+      ),
+    );
+  }
 
   const byUpdate = byId("by-update");
   const update = { xaxis: titled("optimizer update") };
