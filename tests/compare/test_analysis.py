@@ -14,7 +14,7 @@ from cppo.compare.estimates import interval, mean
 from cppo.compare.page import write_report
 from cppo.compare.scores import collapsed
 from cppo.compare.study import Rows
-from cppo.compare.tables import all_tables, as_markdown, for_terminal, headlines
+from cppo.compare.tables import all_tables, as_markdown, for_terminal, headlines, stability
 
 pytestmark = pytest.mark.train
 FINAL = {
@@ -159,6 +159,26 @@ def test_curves_with_gaps_are_averaged_over_what_is_there():
     assert arm["stability"]["tail"] == pytest.approx(0.2)
     assert arm["curve"]["curves"]["gap"] == [pytest.approx(0.1), None]
     assert arm["curve"]["curves"]["budget_share"] == [pytest.approx(0.4), None]
+
+
+def test_drift_is_compared_by_seed_too():
+    plan = study(seeds={"first": 0, "count": 5})
+    rows = lines(plan.cells(), lambda cell: [0.25, 0.6, 0.5])
+    drift = {"cppo": [0.1, 0.2, 0.3, 0.4, None], "grpo": [0.2, 0.1, 0.5, 0.7, 0.9], "none": [None] * 5}
+    for row in rows:
+        row["curves"] = row["curves"] | {"gap": [drift[row["arm"]][row["seed"]], None]}
+    setting = analyse(plan, Rows(rows), {}, {})["settings"]["calm"]
+    found = setting["arms"]["grpo"]["stability"]["gap_reference_less_arm"]
+    assert found["mean"] == pytest.approx((-0.1 + 0.1 - 0.2 - 0.3) / 4)
+    assert (found["reference_lower"], found["pairs"]) == (3, 4)
+    assert found["interval"][0] < found["mean"] < found["interval"][1]
+    assert "gap_reference_less_arm" not in setting["arms"]["cppo"]["stability"]
+    assert "gap_reference_less_arm" not in setting["arms"]["none"]["stability"]
+    shown = stability("calm", setting)
+    cells = [row[shown.headings.index("reference less arm: drift")] for row in shown.rows]
+    assert cells[0] == cells[2] == "-"
+    assert cells[1].startswith("-0.12 [")
+    assert cells[1].endswith("], 3 of 4")
 
 
 def test_lines_of_several_versions_are_said():

@@ -79,6 +79,7 @@ def _setting(study: Study, arms: Arms) -> dict[str, Any]:
     found = {arm: _arm(runs) for arm, runs in arms.items()}
     for kind in SCORES:
         _compare(study, kind, arms, found)
+    _compare_drift(study, arms, found)
     every = [row for runs in arms.values() for row in runs.values()]
     errors = [row["standard_error"][-1] for row in every if row["standard_error"][-1] is not None]
     return {
@@ -175,6 +176,23 @@ def _difference(study: Study, kind: str, arms: Arms, arm: str, tests: int) -> di
         if deviation is None
         else {str(d): seeds_needed(deviation, d, tests=tests) for d in DIFFERENCES},
     }  # fmt: skip
+
+
+def _compare_drift(study: Study, arms: Arms, found: dict[str, dict[str, Any]]) -> None:
+    """Add to each arm's stability the paired difference reference less arm of the drift, over the seeds of both."""
+    drift = {
+        arm: {seed: _mean(row["curves"].get("gap", ())) for seed, row in runs.items()} for arm, runs in arms.items()
+    }
+    for arm, own in drift.items():
+        theirs = drift.get(reference_of(study, arm), {})
+        pairs = [(theirs.get(seed), own[seed]) for seed in sorted(own)]
+        difference = np.array([x - y for x, y in pairs if x is not None and y is not None])
+        if arm == reference_of(study, arm) or not len(difference):
+            continue
+        found[arm]["stability"]["gap_reference_less_arm"] = {
+            "mean": float(difference.mean()), "interval": interval(difference[None], mean), "pairs": len(difference),
+            "reference_lower": int((difference < 0).sum()),
+        }  # fmt: skip
 
 
 def _shared(parts: list[Arms], *names: str) -> list[int]:

@@ -97,17 +97,18 @@ def stability(name: str, setting: dict[str, Any]) -> Plain:
         figures = entry["stability"]
         rows.append((
             arm, f"{entry['collapsed']} of {len(entry['seeds'])}", _number(figures["first_gap"]),
-            _number(figures["gap"]), _number(figures["tail"]), _number(figures["gradient_norm"]),
-            _number(figures["largest_gradient_norm"]), _number(figures["last_entropy"]),
-            _share(figures["masked"]), _share(figures["masked_positive"]), _share(figures["masked_negative"]),
-            _share(figures["budget_share"]), f"{entry['cpu_seconds']:.0f}",
+            _number(figures["gap"]), _drifts(figures.get("gap_reference_less_arm")), _number(figures["tail"]),
+            _number(figures["gradient_norm"]), _number(figures["largest_gradient_norm"]),
+            _number(figures["last_entropy"]), _share(figures["masked"]), _share(figures["masked_positive"]),
+            _share(figures["masked_negative"]), _share(figures["budget_share"]), f"{entry['cpu_seconds']:.0f}",
         ))  # fmt: skip
     return Plain(
         f"{name}: stability",
-        ("arm", "collapsed", "drift, 1st rollout", "drift", "drift, top tenth", "gradient norm", "largest",
-         "entropy, end", "masked", "of A > 0", "of A < 0", "by budget alone", "CPU s"),
+        ("arm", "collapsed", "drift, 1st rollout", "drift", "reference less arm: drift", "drift, top tenth",
+         "gradient norm", "largest", "entropy, end", "masked", "of A > 0", "of A < 0", "by budget alone", "CPU s"),
         rows,
         "drift: mean |pi - mu| of the sampled tokens over all updates; top tenth: of the tenth that drifted most. "
+        "reference less arm: paired, 95 % bootstrap interval, and in how many seeds the reference drifted less. "
         "collapsed: ends below half of its best evaluation, or below its start by two standard errors. by budget "
         "alone: of the masked tokens. CPU s: of a run, its warm start apart.",
     )  # fmt: skip
@@ -215,6 +216,13 @@ def _signed(value: float | None, interval: Interval, digits: int = 3) -> str:
         return "-"
     bounds = "" if interval is None else f" [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]"
     return f"{value:+.{digits}f}{bounds}"
+
+
+def _drifts(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    bounds = "" if found["interval"] is None else " [{:+.2g}, {:+.2g}]".format(*found["interval"])
+    return f"{found['mean']:+.2g}{bounds}, {found['reference_lower']} of {found['pairs']}"
 
 
 def _plain(value: float | None, interval: Interval) -> str:
