@@ -1318,6 +1318,8 @@ MUTANTS = [
     *_mutants(
         "compare/analysis.py",
         ("comparison: arm less reference", "difference = x - y", "difference = y - x"),
+        ("comparison: drift, arm less reference", "[x - y for x, y in pairs", "[y - x for x, y in pairs"),
+        ("comparison: any drift is lower", "(difference < 0).sum()", "(difference < 1).sum()"),
         (
             "comparison: searched arms against the given reference",
             'return study.reference + (SEARCHED if arm.endswith(SEARCHED) else "")',
