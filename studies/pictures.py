@@ -20,6 +20,7 @@ PICTURES = {
         ("tail drift", "Held-out accuracy"), ("tail drift", "Every seed"),
         ("long drift", "Held-out accuracy"), ("long drift", "Every seed"),
     ]),
+    "clip": ("final", [("tail drift", "Held-out accuracy"), ("tail drift", "Every seed")]),
     "learning_rate": ("final", [("", "Accuracy"), ("", "Drift")]),
     "staleness": ("final", [("", "Accuracy"), ("", "Drift")]),
     "mismatch": ("final", [("", "Accuracy"), ("", "Masked")]),
@@ -51,7 +52,8 @@ def main(studies: list[str]) -> None:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for study in studies or PICTURES:
             report = DOCS / "studies" / study / "report.html"
-            if not report.is_file() and not studies:
+            if not report.is_file():
+                print(f"{report}: not there; `cppo compare {report.parent} --report-only` makes it")
                 continue
             score, wanted = PICTURES[study]
             page = browser.new_page(viewport={"width": 1100, "height": 900})
@@ -66,4 +68,6 @@ def main(studies: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if unknown := set(sys.argv[1:]) - set(PICTURES):
+        sys.exit(f"{', '.join(sorted(unknown))}: expected some of {', '.join(PICTURES)}")
     main(sys.argv[1:])

@@ -101,6 +101,7 @@ def test_the_built_in_study_is_whole(pytestconfig):
         (["--quick", "--into", "made-up"], "made-up: holds another study"),
         (["--quick", "--into", "."], "is not empty and holds no study.yaml"),
         (["--quick", "--reuse", "nowhere"], "--reuse nowhere: expected the folder of a comparison, with study.yaml"),
+        (["made-up", "--report-only", "--reuse", "made-up"], "--reuse: expected a command that runs"),
         (["--quick", "--report-only", "--into", "new"], "--report-only: expected the folder of a comparison"),
     ],
 )  # fmt: skip

@@ -81,9 +81,28 @@ def test_arms_after_a_search_can_be_looked_at_alone(show):
 def test_settings_on_an_axis_are_drawn_along_it(show):
     settings = {"few": {"at": 2, "learning_rate": 1e-4}, "many": {"at": 8, "learning_rate": 1e-3}}
     plan = study(axis="updates a rollout", settings=settings)
-    page = show(analyse(plan, Rows(lines(plan.cells(), accuracy)), {}, {}))
+    found = lines(plan.cells(), lambda cell: [x + 0.05 * (cell.setting == "many") for x in accuracy(cell)])
+    document = analyse(plan, Rows(found), {}, {})
+    page = show(document)
     assert page.locator("#axis-title").inner_text() == "Along updates a rollout"
-    assert page.locator("#axis .plot").count() == 3
+    drawn = page.locator("#axis .plot").evaluate_all(
+        "plots => plots.map(plot => ({type: plot._fullLayout.xaxis.type, ticks: plot._fullLayout.xaxis.tickvals,"
+        " bands: plot._fullData.filter(t => t.fill === 'toself').map(t => [t.x, t.y]),"
+        " lines: plot._fullData.filter(t => t.fill !== 'toself').map(t => t.x)}))"
+    )
+    assert [(one["type"], one["ticks"], len(one["bands"])) for one in drawn] == [
+        ("log", [2, 8], 3), ("log", [2, 8], 0), ("log", [2, 8], 0),
+    ]  # fmt: skip
+    assert [one["lines"] for one in drawn] == [[[2, 8]] * 3] * 3
+    few, many = (document["settings"][name]["arms"]["cppo"]["scores"]["final"]["mean_interval"] for name in settings)
+    assert drawn[0]["bands"][0] == [[2, 8, 8, 2], pytest.approx([few[1], many[1], many[0], few[0]])]
+
+
+def test_an_axis_from_nothing_is_linear(show):
+    settings = {"none": {"at": 0}, "much": {"at": 8, "learning_rate": 1e-3}}
+    plan = study(axis="noise", settings=settings)
+    page = show(analyse(plan, Rows(lines(plan.cells(), accuracy)), {}, {}))
+    assert page.locator("#axis .plot").first.evaluate("plot => plot._fullLayout.xaxis.type") == "linear"
 
 
 def test_names_that_are_markup_are_text(show):

@@ -9,7 +9,7 @@ from logs import make_rows, write_log
 
 import cppo
 from cppo.inspect.reading import Log
-from cppo.inspect.replay import BINS, PROBABILITIES, Replay, replayable
+from cppo.inspect.replay import BINS, Replay, replayable
 from cppo.inspect.runs import inspect_runs
 
 pytestmark = pytest.mark.train
@@ -42,7 +42,7 @@ def recount(spec, rows, steps):
         for place, t in enumerate(written):
             counts[step, place * BINS // len(written), codes[t]] += 1
             mu = math.exp(row["rollout_logp"][t])
-            likelihood = sum(mu >= edge for edge in PROBABILITIES[1:-1])
+            likelihood = sum(mu >= edge for edge in (0.001, 0.01, 0.1, 0.5, 0.9))
             likelihoods[likelihood, int(np.sign(row["advantage"])) + 1, int(codes[t] > 0)] += 1
             weight.append((step, abs(coefficients[t]) * abs(row["advantage"])))
             plain.append(

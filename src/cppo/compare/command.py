@@ -64,7 +64,7 @@ def compare(
     for name, value in (("--set", settings), ("--seeds", seeds)):
         if method is None and value:
             raise ValueError(f"{name}: expected --method; a study has its own in its file")
-    others = [_other(path) for path in reuse or []]
+    others = _others(reuse or [], report_only=report_only)
     folder = _begun(study, into)
     if folder is None:
         if report_only:
@@ -92,12 +92,15 @@ def compare(
         )
 
 
-def _other(path: Path) -> ResultFolder:
+def _others(paths: list[Path], *, report_only: bool) -> list[ResultFolder]:
     from cppo.compare.results import ResultFolder
 
-    if not (path / "study.yaml").is_file():
-        raise ValueError(f"--reuse {path}: expected the folder of a comparison, with study.yaml")
-    return ResultFolder(path)
+    if paths and report_only:
+        raise ValueError("--reuse: expected a command that runs; with --report-only nothing is taken")
+    for path in paths:
+        if not (path / "study.yaml").is_file():
+            raise ValueError(f"--reuse {path}: expected the folder of a comparison, with study.yaml")
+    return [ResultFolder(path) for path in paths]
 
 
 def _begun(study: Path | None, into: Path | None) -> ResultFolder | None:

@@ -105,6 +105,7 @@ class Runner:
             if is_start(other.starts / key):
                 part = self._folder.starts / f".{key}"
                 shutil.copytree(other.starts / key, part, dirs_exist_ok=True)
+                shutil.rmtree(self._start(key), ignore_errors=True)  # what another process did not finish
                 part.rename(self._start(key))
                 return True
         return False
