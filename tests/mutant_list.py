@@ -1319,6 +1319,7 @@ MUTANTS = [
         "compare/analysis.py",
         ("comparison: arm less reference", "difference = x - y", "difference = y - x"),
         ("comparison: drift, arm less reference", "[x - y for x, y in pairs", "[y - x for x, y in pairs"),
+        ("comparison: the seeds that began together", "if len(found) > 1)", "if len(found) == 1)"),
         ("comparison: any drift is lower", "(difference < 0).sum()", "(difference < 1).sum()"),
         (
             "comparison: searched arms against the given reference",

@@ -188,6 +188,20 @@ def test_lines_of_several_versions_are_said():
     assert analyse(plan, Rows(rows), {}, {})["versions"] == ["cppo 0.1.0", "cppo 0.2.0"]
 
 
+def test_seeds_whose_arms_began_apart_are_said(document):
+    plan = study()
+    rows = lines(plan.cells(), accuracy)
+    for row in rows:
+        if (row["setting"], row["arm"]) == ("wild", "none") and row["seed"] in (1, 3):
+            row["accuracy"][0] = 0.24
+    found = analyse(plan, Rows(rows), {}, {})
+    assert {name: setting["unmatched"] for name, setting in found["settings"].items()} == {"calm": [], "wild": [1, 3]}
+    said = "Not every arm began from the same warm start in seeds 1, 3"
+    assert [said in table.note for table in headlines(found, "final")] == [False, True]
+    assert [said in table.note for table in all_tables(found, "final")] == [False, False, True, False, False, False]
+    assert said not in as_markdown(all_tables(document))
+
+
 def test_tables_show_the_documents_numbers(document):
     tables = {table.title: table for table in all_tables(document, "final")}
     table = tables["wild: final accuracy on held-out problems"]

@@ -39,6 +39,20 @@ def test_a_running_sum_by_hand():
     assert problem.answer == "".join(str(sum(operands[: t + 1]) % 10) for t in range(6))
 
 
+def test_each_sum_is_judged_by_the_one_before_it():
+    task = RunningSum(operands=5)
+    # 0+1=1 right; 1+2 is 3, not 5; 5+3=8 right, from the wrong 5; x is no sum, and taken for 8+3=1; 1+1=2.
+    assert task.follows("12331=", "158x2") == [True, False, True, False, True]
+    assert task.follows("12331=", "13") == [True, True]
+    assert task.follows("1=", "111") == [True]
+    start, *sums = (chr(0xAC00 + state) for state in (511, 512, 514, 515))
+    assert make_task("long_tail_sum?operands=3&values=1024").follows(f"{start}bca=", "".join(sums)) == [
+        True,
+        True,
+        False,
+    ]
+
+
 def test_operands_cover_their_range_evenly():
     digits = "".join(p.prompt[:-1] for p in RunningSum(operands=24).problems("train", 500, 0))
     for digit in "0123":

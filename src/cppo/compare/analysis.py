@@ -86,7 +86,21 @@ def _setting(study: Study, arms: Arms) -> dict[str, Any]:
         "arms": found,
         "evaluation_standard_error": statistics.fmean(errors) if errors else None,
         "window": max(row["rollout"][-1] for row in every),
+        "unmatched": _unmatched(arms),
     }
+
+
+def _unmatched(arms: Arms) -> list[int]:
+    """Return the seeds whose arms began from different starts.
+
+    The first evaluation is of the warm start, on the same problems: it differs only where that was made twice, on
+    machines whose arithmetic differs.
+    """
+    starts: dict[int, set[float]] = {}
+    for runs in arms.values():
+        for seed, row in runs.items():
+            starts.setdefault(seed, set()).add(row["accuracy"][0])
+    return sorted(seed for seed, found in starts.items() if len(found) > 1)
 
 
 def _arm(runs: dict[int, Row]) -> dict[str, Any]:

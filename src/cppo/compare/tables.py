@@ -53,6 +53,7 @@ def headlines(document: dict[str, Any], kind: str) -> list[Plain]:
         tables.append(Plain(
             f"{name}: {kind} accuracy",
             ("arm", "n", "mean [95 %]", "reference less arm", "p", "lost", "drift", "masked"), rows,
+            _unmatched(setting).strip(),
         ))  # fmt: skip
     return tables
 
@@ -86,7 +87,7 @@ def scores(name: str, setting: dict[str, Any], kind: str) -> Plain:
         f"in both. best: in a window of {setting['window']} rollouts. area: mean of the evaluations after the start. "
         "p: sign flips of the paired differences, adjusted for the number of arms, as given and searched apart. "
         f"One evaluation's own standard error is {_number(setting['evaluation_standard_error'], 2)}."
-        f"{_without(setting['without'])}",
+        f"{_unmatched(setting)}{_without(setting['without'])}",
     )  # fmt: skip
 
 
@@ -233,6 +234,16 @@ def _plain(value: float | None, interval: Interval) -> str:
 
 def _collapses(against: dict[str, Any]) -> str:
     return f"{against['only_reference_collapsed']}, {against['only_arm_collapsed']}" if against else "-"
+
+
+def _unmatched(setting: dict[str, Any]) -> str:
+    """Say which seeds are no pairs."""
+    if not setting["unmatched"]:
+        return ""
+    return (
+        f" Not every arm began from the same warm start in seeds {', '.join(map(str, setting['unmatched']))}: their "
+        "lines come from machines whose arithmetic differs."
+    )
 
 
 def _without(arms: dict[str, dict[str, int]]) -> str:

@@ -100,6 +100,23 @@ class ChainOfSums:
         """1 if the response ended after one sum an operand and its last sum (strict: every sum) is right; else 0."""
         return running_sum_score(problem.answer, completion, ended, strict=self.strict)
 
+    def follows(self, prompt: str, completion: str) -> list[bool]:
+        """Of each sum of a response, whether it follows from the response's own sum before it.
+
+        Args:
+            prompt: the problem's prompt.
+            completion: the response's text; what stands after the last operand's sum is left out, and a character that
+                is no sum is wrong and followed as if it were right.
+        """
+        state, operands = self._read(prompt)
+        states = {self._token(known): known for known in range(self.states)}
+        right = []
+        for operand, character in zip(operands, completion, strict=False):
+            expected = (state + operand) % self.states
+            right.append(character == self._token(expected))
+            state = states.get(character, expected)
+        return right
+
     def demonstrate(self, problem: Problem, rng: random.Random) -> str:
         """One response of the demonstrator, one character a sum, without the end token."""
         state, sums = problem.entry.get("start", 0), []
