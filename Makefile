@@ -10,10 +10,13 @@ STACKS_BIN := $(STACKS_VENV)/bin
 STACKS_TRL := $(STACKS_VENV)/trl
 STACKS_STAMP := $(STACKS_VENV)/.installed
 
-.PHONY: demo test lint types unit test-verl test-stacks wheel bench clean
+.PHONY: demo environments test lint types unit test-verl test-stacks wheel bench clean
 
 demo: $(STAMP)
 	$(BIN)/cppo train --beside policy_gradient
+
+# With -j 2 both at once.
+environments: $(STAMP) $(STACKS_STAMP)
 
 test: lint types unit
 

@@ -22,6 +22,11 @@ PICTURES = {
     ]),
     "clip": ("final", [("tail drift", "Held-out accuracy"), ("tail drift", "Every seed")]),
     "learning_rate": ("final", [("", "Accuracy"), ("", "Drift")]),
+    "holds": ("final", [
+        ("short 1e-3", "Held-out accuracy"), ("short 1e-3", "Every seed"),
+        ("short 5e-4", "Held-out accuracy"), ("short 5e-4", "Every seed"),
+        ("long drift", "Held-out accuracy"), ("long drift", "Every seed"),
+    ]),
     "staleness": ("final", [("", "Accuracy"), ("", "Drift")]),
     "mismatch": ("final", [("", "Accuracy"), ("", "Masked")]),
     "ablations": ("area", [
