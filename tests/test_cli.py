@@ -7,19 +7,12 @@ import subprocess
 import sys
 
 import pytest
+from typed import in_a_process, typed
 
 import cppo
-from cppo.lab.config import RunConfig
 from cppo.methods import SETTINGS
 
 pytestmark = pytest.mark.train
-
-
-def cppo_command(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-c", "from cppo.cli import main; main()", *map(str, arguments)],
-        capture_output=True, text=True, cwd=cwd, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 def test_without_the_train_extra_the_command_says_what_is_missing():
@@ -31,31 +24,31 @@ def test_without_the_train_extra_the_command_says_what_is_missing():
 
 @pytest.mark.parametrize("name", [[], ["train"], ["eval"], ["compare"], ["bound", "verify"], ["methods"], ["doctor"]])
 def test_help_has_examples(name):
-    done = cppo_command(*name, "--help")
+    done = typed(*name, "--help")
     assert done.returncode == 0
     if name:
         assert "Examples" in done.stdout
 
 
 def test_methods_lists_every_method_and_prints_one_in_full():
-    listed = json.loads(cppo_command("methods", "--json").stdout)
+    listed = json.loads(typed("methods", "--json").stdout)
     assert list(listed) == [*cppo.METHODS, *cppo.CORRECTIONS]
     assert listed["cppo"]["knobs"]["delta"] == 0.15
     assert listed["estr"]["knobs"]["tau"] == "required"
     assert listed["trm_max"]["scope"] == "response"
     assert [setting["spec"] for setting in listed["icepop"]["settings"]] == ["icepop?low=0.5&high=5"]
-    table = cppo_command("methods").stdout
+    table = typed("methods").stdout
     assert all(re.search(rf"^{name} ", table, flags=re.MULTILINE) for name in listed)
     for setting in SETTINGS:
         assert f"\n{setting.spec}\n    {setting.label}: {setting.source}\n" in table
-    assert "Eqs. 8-11" in cppo_command("methods", "cppo").stdout
-    one = cppo_command("methods", "trm_avg").stdout
+    assert "Eqs. 8-11" in typed("methods", "cppo").stdout
+    one = typed("methods", "trm_avg").stdout
     assert "(1 / T) sum_t D_t <= avg_threshold" in one
     assert "trm_avg?avg_threshold=0.001&divergence=exact_kl" in one
     assert 'Published with reduction="fixed-length".' in one
     # By the class's name, or from a spec.
-    assert cppo_command("methods", "IcePop").stdout == cppo_command("methods", "icepop?high=4").stdout
-    assert "Ring-1T" in cppo_command("methods", "icepop").stdout
+    assert typed("methods", "IcePop").stdout == typed("methods", "icepop?high=4").stdout
+    assert "Ring-1T" in typed("methods", "icepop").stdout
 
 
 def test_a_narrow_window_gets_blocks_and_no_broken_words():
@@ -101,7 +94,7 @@ def test_a_narrow_window_gets_blocks_and_no_broken_words():
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_nothing_is_left_behind(tmp_path, arguments, message):
-    done = cppo_command(*arguments, cwd=tmp_path)
+    done = typed(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -110,11 +103,11 @@ def test_what_a_user_can_mend_is_one_line_and_nothing_is_left_behind(tmp_path, a
 
 
 def test_a_divergence_can_be_run_beside_the_same_method_with_another(tmp_path):
-    # The one beside is the default method, which --divergence changes for the first run alone.
-    default = RunConfig().method
-    done = cppo_command(
-        "train", "--divergence", "topk_tv", "--beside", default, "--task", "running_sum?operands=4", "--rollouts", "1",
+    method = "cppo?budget=fixed&delta_b=0.015"
+    done = in_a_process(
+        "train", "--method", method, "--divergence", "topk_tv", "--beside", method,
+        "--task", "running_sum?operands=4", "--rollouts", "1",
         "--prompts", "4", "--generations", "2", "--minibatch", "4", "--eval-problems", "4", "--json", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [summary["method"] for summary in json.loads(done.stdout)] == [f"{default}&divergence=topk_tv", default]
+    assert [summary["method"] for summary in json.loads(done.stdout)] == [f"{method}&divergence=topk_tv", method]

@@ -3,12 +3,11 @@
 import json
 import pathlib
 import re
-import subprocess
-import sys
 import tomllib
 
 import pytest
 from trl import GRPOConfig
+from typed import typed
 
 import cppo
 from cppo import doctor
@@ -252,18 +251,11 @@ def test_what_is_no_launch_is_refused_before_anything_runs(tmp_path, name, text,
 
 def test_the_command_prints_a_line_a_finding_and_fails_if_one_does(tmp_path):
     (tmp_path / "launch.yaml").write_text("loss_type: cispo\n")
-    command = [
-        sys.executable,
-        "-c",
-        "from cppo.cli import main; main()",
-        "doctor",
-        "--config",
-        tmp_path / "launch.yaml",
-    ]
-    done = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True, check=False)
+    command = ["doctor", "--config", tmp_path / "launch.yaml"]
+    done = typed(*command, "--json")
     assert done.returncode == 1
     assert {"subject", "status", "message"} == set(json.loads(done.stdout)[0])
     assert done.stderr == ""
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    done = typed(*command)
     assert done.returncode == 1
     assert [line.split()[0] for line in done.stdout.splitlines()][-2:] == ["ok", "failed"]

@@ -1,13 +1,11 @@
 """The README's code blocks run as written, and its commands are the ones that exist."""
 
-import os
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
+from typed import in_a_process, typed
 
 pytestmark = pytest.mark.train
 
@@ -56,10 +54,8 @@ def test_the_cppo_commands_run_in_order(tmp_path):
     ran = 0
     for words in commands():
         if words[0] == "cppo":
-            done = subprocess.run(
-                [sys.executable, "-c", "from cppo.cli import main; main()", *words[1:]],
-                cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+            run = typed if words[1] in ("methods", "inspect", "bound") else in_a_process
+            done = run(*words[1:], cwd=tmp_path)
             assert done.returncode == 0, (words, done.stderr)
             ran += 1
     assert ran >= 4

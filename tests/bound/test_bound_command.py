@@ -5,7 +5,7 @@ import json
 
 import pytest
 from test_bound_constants import make_log
-from test_cli import cppo_command
+from typed import typed
 from typer.testing import CliRunner
 
 from cppo import theory
@@ -26,10 +26,10 @@ def run(*arguments):
 
 @pytest.mark.parametrize("name", ["verify", "constants"])
 def test_help_has_examples(name):
-    done = cppo_command("bound", name, "--help")
+    done = typed("bound", name, "--help")
     assert done.returncode == 0
     assert f"Examples:  cppo bound {name}" in " ".join(done.stdout.split()).replace("Examples: ", "Examples:  ")
-    assert "verify" in cppo_command("bound").stdout + cppo_command("bound").stderr
+    assert "verify" in typed("bound").stdout + typed("bound").stderr
 
 
 def test_verify_prints_every_statement_and_exits_with_0():
@@ -116,7 +116,7 @@ def test_constants_of_a_run(tmp_path):
     ],
 )
 def test_what_a_user_can_mend_is_one_line(tmp_path, arguments, message):
-    done = cppo_command("bound", *arguments, cwd=tmp_path)
+    done = typed("bound", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
     assert [line for line in lines if line] == [lines[-1]]

@@ -1,12 +1,11 @@
 """``cppo compare`` as it is typed: what it makes, what it prints, what it refuses."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
 from rows import CONTENT, line, study
+from typed import in_a_process, typed
 
 from cppo.compare.study import load_study
 
@@ -18,11 +17,7 @@ BASE = [
 
 
 def compare(*arguments, cwd):
-    code = "from cppo.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, "compare", *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
-        check=False,
-    )  # fmt: skip
+    return typed("compare", *arguments, cwd=cwd)
 
 
 @pytest.fixture
@@ -39,18 +34,15 @@ def finished(tmp_path):
 @pytest.mark.slow
 def test_methods_on_the_command_line_become_a_study_that_runs(tmp_path):
     options = [part for item in BASE for part in ("--set", item)]
-    done = compare(
-        "--method", "cppo?delta=0.02&delta_b=0.002", "--method", "grpo", "--seeds", 2, *options, cwd=tmp_path
-    )
+    words = ["--method", "cppo?delta=0.02&delta_b=0.002", "--method", "grpo", "--seeds", 2, *options]
+    done = in_a_process("compare", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "comparisons" / "cppo-grpo"
     assert len((folder / "results.jsonl").read_text().splitlines()) == 4
     assert "default: final accuracy" in done.stdout
     assert "report.html" in done.stdout
     assert "Traceback" not in done.stderr + done.stdout
-    again = compare(
-        "--method", "cppo?delta=0.02&delta_b=0.002", "--method", "grpo", "--seeds", 2, *options, cwd=tmp_path
-    )
+    again = compare(*words, cwd=tmp_path)
     assert again.returncode == 0
     assert len((folder / "results.jsonl").read_text().splitlines()) == 4
     other = compare("--method", "cppo", "--method", "grpo", cwd=tmp_path)  # would take the same name

@@ -2,13 +2,11 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from logs import make_rows, write_log
 from rich.console import Console
+from typed import typed
 
 from cppo.inspect.runs import inspect_runs
 from cppo.inspect.terminal import print_document
@@ -19,10 +17,7 @@ pytestmark = pytest.mark.train
 
 
 def inspect(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "cppo", "inspect", *map(str, words)], capture_output=True, text=True, check=False,
-        env=os.environ | {"COLUMNS": "120"},
-    )  # fmt: skip
+    return typed("inspect", *words, columns=120)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ class RunConfig:
     task: str = "running_sum"
     model: str = "tiny"
     gguf_file: str | None = None
-    method: str = "cppo?budget=fixed&delta_b=0.015"
+    method: str = "cppo?divergence=binary_kl&delta=0.05&budget=fixed&delta_b=0.005&ratio_cap=1"
     divergence_top_k: int = 20
     beside: tuple[str, ...] = ()
     seed: int = 0
@@ -64,7 +64,7 @@ class RunConfig:
     minibatch: int = 32
     gradient_accumulation: int = 1
     epochs: int = 2
-    learning_rate: float = 7e-4
+    learning_rate: float = 1e-3
     schedule: str = "constant"
     warmup: int = 0
     temperature: float = 1.0
