@@ -9,6 +9,8 @@ STACKS_BIN := $(STACKS_VENV)/bin
 # Beside the others, not among them: verl's workers do not start where TRL 1 can be imported.
 STACKS_TRL := $(STACKS_VENV)/trl
 STACKS_STAMP := $(STACKS_VENV)/.installed
+# What is imported is compiled then, once; to compile all that is installed takes a minute an environment.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo environments test lint types unit test-verl test-stacks wheel bench clean
 
@@ -46,7 +48,7 @@ wheel: $(STAMP)
 	rm -rf dist
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
 	$(PYTHON) -m venv --clear .venv-wheel
-	.venv-wheel/bin/pip install -q -c constraints.txt dist/*.whl
+	.venv-wheel/bin/pip install -q --no-compile -c constraints.txt dist/*.whl
 	cd .venv-wheel && bin/python -I ../tests/check_wheel.py
 
 bench: $(STAMP)
@@ -58,14 +60,14 @@ bench: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 $(STACKS_STAMP): tests/stacks/requirements.txt
 	$(PYTHON) -m venv $(STACKS_VENV)
-	$(STACKS_BIN)/pip install -q -r tests/stacks/requirements.txt
-	$(STACKS_BIN)/pip install -q --no-deps skyrl==0.3.0
-	$(STACKS_BIN)/pip install -q --no-deps --target $(STACKS_TRL) trl==1.16.0
+	$(STACKS_BIN)/pip install -q --no-compile -r tests/stacks/requirements.txt
+	$(STACKS_BIN)/pip install -q --no-compile --no-deps skyrl==0.3.0
+	$(STACKS_BIN)/pip install -q --no-compile --no-deps --target $(STACKS_TRL) trl==1.16.0
 	touch $@
 
 clean:

@@ -4,8 +4,8 @@
     python tests/mutants.py threshold account   those whose name contains a word
 
 The run collects the tests once and forks once a mutant. The fork grafts the mutated functions into the loaded package
-(their code objects are exchanged, so that every reference sees the mutant) and runs tests until one fails, those first
-that killed others of its file.
+(their code objects are exchanged, so that every reference sees the mutant) and runs tests until one fails: first those
+that reach its lines, and of these those that killed others of its file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ import sys
 import tempfile
 import time
 import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+import coverage
 import pytest
 from mutant_list import MUTANTS, Mutant
 
@@ -114,9 +117,10 @@ def graft(mutant: Mutant) -> None:
 class MutantRun:
     """A pytest plugin that runs the collected tests once against the package and once against each mutant of it."""
 
-    def __init__(self, mutants: list[Mutant], report) -> None:
+    def __init__(self, mutants: list[Mutant], report, jobs: int) -> None:
         self.mutants = mutants
         self.report = report  # called with (mutant, result) after each; the mutant is None for the package as it is
+        self.jobs = jobs
         self._answer = lambda answer: None
 
     @pytest.hookimpl(tryfirst=True)
@@ -131,43 +135,59 @@ class MutantRun:
             raise session.Interrupted("the tests cannot be collected")
         items = [item for item in session.items if not item.get_closest_marker("xfail")]
         with tempfile.TemporaryDirectory(prefix="cppo-mutants-") as scratch:
-            answer = pathlib.Path(scratch) / "answer.json"
-            killers: dict[str, dict[str, int]] = {}  # of each file's mutants, which tests and cases killed how many
-            cases = collections.Counter(map(_test_of, items))
+            self._scratch = pathlib.Path(scratch)
+            parts = [result for _, result in self._in_forks((None, items[k :: self.jobs]) for k in range(self.jobs))]
             durations: dict[str, float] = {}
-
-            def cost(item) -> float:
-                return 0.01 + durations.get(item.nodeid, 0.0)
-
-            for mutant in [None, *self.mutants]:
-                kills = {} if mutant is None else killers.setdefault(mutant.file, {})
-                promising = {
-                    item: (kills.get(item.nodeid, 0) + kills.get(_test_of(item), 0) / cases[_test_of(item)])
-                    / cost(item)
-                    for item in items
-                }
-                # The sort keeps the order of those that killed none.
-                result = self._run_in_fork(mutant, sorted(items, key=lambda item: -promising[item]), answer)
-                if mutant is None:
-                    durations |= result.pop("durations", {})
-                    items = _cheapest_of_each_first(items, durations)
-                elif result["status"] == FAILED:
+            reach: dict[str, set[str]] = collections.defaultdict(set)  # the tests that reach each mutant's lines
+            for part in parts:
+                durations |= part.pop("durations", {})
+                for name, tests in part.pop("reach", {}).items():
+                    reach[name].update(tests)
+            self.report(None, max(parts, key=lambda part: (part["status"] != PASSED, part["seconds"])))
+            killers: dict[str, dict[str, int]] = {}  # of each file's mutants, which tests and cases killed how many
+            for mutant, result in self._in_forks(self._most_promising_first(items, durations, reach, killers)):
+                if result["status"] == FAILED:
+                    kills = killers.setdefault(mutant.file, {})
                     for killer in (result["test"], result["test"].partition("[")[0]):
                         kills[killer] = kills.get(killer, 0) + 1
                 self.report(mutant, result)
         return True
 
-    def _run_in_fork(self, mutant: Mutant | None, items: list, answer: pathlib.Path) -> dict:
-        start = time.monotonic()
-        answer.unlink(missing_ok=True)
-        child = os.fork()
-        if child == 0:
-            self._judge(mutant, items, answer)
-        os.waitpid(child, 0)
-        result = {"status": DOES_NOT_RUN, "test": "no answer"}
-        if answer.exists():
-            result = json.loads(answer.read_text())
-        return result | {"seconds": round(time.monotonic() - start, 2)}
+    def _most_promising_first(self, items, durations, reach, killers) -> Iterator[tuple[Mutant, list]]:
+        """Yield each mutant with its tests, ordered by what has killed others of its file when it is asked for."""
+        items = _cheapest_of_each_first(items, durations)
+        cases = collections.Counter(map(_test_of, items))
+        for mutant in self.mutants:
+            kills = killers.get(mutant.file, {})
+            promising = {
+                item: (kills.get(item.nodeid, 0) + kills.get(_test_of(item), 0) / cases[_test_of(item)])
+                / (0.01 + durations.get(item.nodeid, 0.0))
+                for item in items
+            }
+            # Those that do not reach it come last, and not never: a number is read without a line of its own. The sort
+            # keeps the order of those that killed none.
+            late = {item: item.nodeid not in reach[mutant.name] for item in items}
+            yield mutant, sorted(items, key=lambda item, p=promising, late=late: (late[item], -p[item]))
+
+    def _in_forks(self, work: Iterable[tuple[Mutant | None, list]]) -> Iterator[tuple[Mutant | None, dict]]:
+        """Yield (mutant, result) as they end, ``jobs`` at once; ``work`` gives the next once a place is free."""
+        work, running = iter(work), {}
+        while True:
+            while len(running) < self.jobs and (job := next(work, None)) is not None:
+                start = time.monotonic()
+                answer = self._scratch / f"{start}.json"
+                child = os.fork()
+                if child == 0:
+                    self._judge(*job, answer)
+                running[child] = (job[0], answer, start)
+            if not running:
+                return
+            child, _ = os.wait()
+            mutant, answer, start = running.pop(child)
+            result = {"status": DOES_NOT_RUN, "test": "no answer"}
+            if answer.exists():
+                result = json.loads(answer.read_text())
+            yield mutant, result | {"seconds": round(time.monotonic() - start, 2)}
 
     def _judge(self, mutant: Mutant | None, items: list, answer: pathlib.Path) -> None:
         """Write the verdict on one mutant and end this process, a fork."""
@@ -179,16 +199,39 @@ class MutantRun:
         try:
             signal.alarm(SECONDS_A_MUTANT if mutant else 10 * SECONDS_A_MUTANT)  # the package runs all tests
             self._answer = leave
-            durations = {}
             if mutant is not None:
                 graft(mutant)
-            for item, following in zip(items, [*items[1:], None], strict=True):
-                start = time.perf_counter()
-                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-                durations[item.nodeid] = time.perf_counter() - start
-            leave({"status": PASSED, "test": "", "durations": durations})
+                self._run(items, lambda item: None)
+                leave({"status": PASSED, "test": ""})
+            tracer = coverage.Coverage(data_file=None, include=[str(PACKAGE / "*")], config_file=False)
+            tracer.start()
+            durations = self._run(items, lambda item: tracer.switch_context(item.nodeid))
+            tracer.stop()
+            reach = {m.name: sorted(_that_reach(m, tracer.get_data())) for m in self.mutants}
+            leave({"status": PASSED, "test": "", "durations": durations, "reach": reach})
         except BaseException as error:  # noqa: BLE001  a fork must not run on into its parent's work
             leave({"status": DOES_NOT_RUN, "test": repr(error)})
+
+    @staticmethod
+    def _run(items: list, before: Callable[[Any], None]) -> dict[str, float]:
+        """Run the tests, each after ``before`` of it; return how long each took."""
+        durations = {}
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            before(item)
+            start = time.perf_counter()
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            durations[item.nodeid] = time.perf_counter() - start
+        return durations
+
+
+def _that_reach(mutant: Mutant, data: coverage.CoverageData) -> set[str]:
+    """Return the tests that ran a line of the mutant's text."""
+    file = PACKAGE / mutant.file
+    text = file.read_text()
+    start = text.find(mutant.before)
+    first = text.count("\n", 0, start) + 1
+    lines = data.contexts_by_lineno(str(file))
+    return {test for n in range(first, first + mutant.before.count("\n") + 1) for test in lines.get(n, []) if test}
 
 
 def _test_of(item) -> str:
@@ -207,8 +250,8 @@ def _cheapest_of_each_first(items: list, durations: dict[str, float]) -> list:
     return sorted(items, key=key.__getitem__)
 
 
-def run(mutants: list[Mutant], report) -> None:
-    """Judge the package, then each mutant; ``report(mutant or None, result)`` hears of each."""
+def run(mutants: list[Mutant], report, jobs: int) -> None:
+    """Judge the package, then each mutant, ``jobs`` at once; ``report(mutant or None, result)`` hears of each."""
     import torch
 
     torch.set_num_threads(1)
@@ -218,7 +261,7 @@ def run(mutants: list[Mutant], report) -> None:
     quiet = ["-s", "-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", "--rootdir", str(TESTS.parent)]
     pytest.main(
         [*quiet, "-m", "not hypothesis and not processes", *(str(TESTS / name) for name in KILLERS)],
-        plugins=[MutantRun(mutants, report)],
+        plugins=[MutantRun(mutants, report, jobs)],
     )
 
 
@@ -227,11 +270,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="only mutants whose name contains one of these")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--part", default="1/1", help="K/N: of N parts of the list the K-th, to run several at once")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     options = parser.parse_args()
     chosen = [m for m in MUTANTS if not options.words or any(word in m.name for word in options.words)]
-    part, parts = map(int, options.part.split("/"))
-    chosen = chosen[part - 1 :: parts]
     results: dict[str, dict] = {}
 
     def report(mutant: Mutant | None, result: dict) -> None:
@@ -240,7 +281,7 @@ def main() -> int:
         if not options.json:
             print(f"{result['seconds']:6.2f}  {result['status']:12}  {name:45}  {result['test']}", flush=True)
 
-    run(chosen, report)
+    run(chosen, report, options.jobs)
     if options.json:
         print(json.dumps(results))
     wrong = [name for name, r in results.items() if r["status"] != (PASSED if name == "(unmutated)" else FAILED)]
