@@ -130,7 +130,9 @@ def test_a_run_folder_holds_what_it_promises(unbroken):
     assert {"gate/masked_fraction", "gate/budget_share", "divergence/mean", "account/delta_b"} <= set(rows[4])
     assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 2, 4, 6, 8]
     assert load_config(unbroken / "config.yaml") == TINY
-    assert "torch" in yaml.safe_load((unbroken / "config.yaml").read_text())["versions"]
+    versions = yaml.safe_load((unbroken / "config.yaml").read_text())["versions"]
+    assert versions["torch"] == torch.__version__
+    assert versions["processor"].endswith(f" {torch.backends.cpu.get_cpu_capability()}")
     responses = list(read_rollouts(unbroken / "rollouts"))
     assert len(responses) == TINY.rollouts * TINY.responses
     for row in responses:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
+import platform
 import shutil
 import tempfile
 import warnings
@@ -370,6 +372,17 @@ def _only_our_display(trainer: LabTrainer) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a run's numbers hang on."""
+    """Return the versions that a run's numbers hang on, and the processor, whose kind decides how sums are rounded."""
     names = ("cppo", "torch", "trl", "transformers", "datasets", "reasoning-gym", "math-verify")
-    return {name: importlib.metadata.version(name) for name in names}
+    return {name: importlib.metadata.version(name) for name in names} | {"processor": _processor()}
+
+
+def _processor() -> str:
+    """Return the processor's name, family, model and stepping where Linux tells, and what instructions torch uses."""
+    told: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            told.setdefault(name.strip(), value.strip())
+    known = [told[name] for name in ("model name", "cpu family", "model", "stepping") if told.get(name)]
+    return " ".join([*(known or [platform.machine()]), torch.backends.cpu.get_cpu_capability()])
