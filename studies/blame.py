@@ -32,6 +32,8 @@ QUADRANTS = {(1, 1): "A > 0, rho > 1", (1, 0): "A > 0, rho <= 1", (-1, 1): "A < 
 
 def measure(run: Path) -> tuple[str, NDArray[np.float64], dict[tuple[int, int], NDArray[np.float64]]]:
     """Return a run's method; of right and wrong sums how many, rejected, push; a quadrant's push, beyond k = 1."""
+    if not (run / "config.yaml").is_file():
+        sys.exit(f"{run}: expected the folder of a run of `cppo train`")
     settings = yaml.safe_load((run / "config.yaml").read_text())
     task = make_task(settings["task"])
     if not isinstance(task, ChainOfSums):

@@ -29,6 +29,16 @@ PICTURES = {
     ]),
     "staleness": ("final", [("", "Accuracy"), ("", "Drift")]),
     "mismatch": ("final", [("", "Accuracy"), ("", "Masked")]),
+    "mild": ("final", [
+        ("short mild", "Held-out accuracy"), ("short mild", "Every seed"),
+        ("tail mild", "Held-out accuracy"), ("tail mild", "Every seed"),
+        ("long mild", "Held-out accuracy"), ("long mild", "Every seed"),
+    ]),
+    "scale": ("final", [
+        ("short, 1M", "Held-out accuracy"), ("short, 1M", "Every seed"),
+        ("tail, 1M", "Held-out accuracy"), ("tail, 1M", "Every seed"),
+        ("short, 5M", "Held-out accuracy"), ("short, 5M", "Every seed"),
+    ]),
     "ablations": ("area", [
         ("", "short drift: reference less each arm"), ("", "tail drift: reference less each arm"),
     ]),
