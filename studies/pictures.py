@@ -24,8 +24,8 @@ PICTURES = {
     "learning_rate": ("final", [("", "Accuracy"), ("", "Drift")]),
     "holds": ("final", [
         ("short 1e-3", "Held-out accuracy"), ("short 1e-3", "Every seed"),
-        ("short 5e-4", "Held-out accuracy"), ("short 5e-4", "Every seed"),
         ("long drift", "Held-out accuracy"), ("long drift", "Every seed"),
+        ("noise 1", "Held-out accuracy"), ("noise 1", "Every seed"),
     ]),
     "staleness": ("final", [("", "Accuracy"), ("", "Drift")]),
     "mismatch": ("final", [("", "Accuracy"), ("", "Masked")]),

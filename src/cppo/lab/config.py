@@ -54,7 +54,7 @@ class RunConfig:
     task: str = "running_sum"
     model: str = "tiny"
     gguf_file: str | None = None
-    method: str = "cppo?divergence=binary_kl&delta=0.05&budget=fixed&delta_b=0.005&ratio_cap=1"
+    method: str = "cppo?ratio_cap=1"
     divergence_top_k: int = 20
     beside: tuple[str, ...] = ()
     seed: int = 0
