@@ -29,8 +29,8 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-# Files in the order of their names: by their number of tests the slow ones would come last, and one core idle. The
-# mutants run in two processes of their own.
+# In the order of tests/conftest.py: by their number of tests the slow files would come last. The mutants run in two
+# processes of their own.
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_mutants.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_mutants.py

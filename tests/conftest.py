@@ -13,6 +13,12 @@ settings.register_profile(
 settings.load_profile("reproducible")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: with ``--dist loadfile`` no core waits for them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium, for the tests that drive a report page."""
