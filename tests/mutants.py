@@ -207,10 +207,20 @@ class MutantRun:
             tracer.start()
             durations = self._run(items, lambda item: tracer.switch_context(item.nodeid))
             tracer.stop()
-            reach = {m.name: sorted(_that_reach(m, tracer.get_data())) for m in self.mutants}
-            leave({"status": PASSED, "test": "", "durations": durations, "reach": reach})
+            leave({"status": PASSED, "test": "", "durations": durations, "reach": self._reach(tracer.get_data())})
         except BaseException as error:  # noqa: BLE001  a fork must not run on into its parent's work
             leave({"status": DOES_NOT_RUN, "test": repr(error)})
+
+    def _reach(self, data: coverage.CoverageData) -> dict[str, list[str]]:
+        """Return of each mutant the tests that ran a line of its text."""
+        tests_of = functools.cache(lambda file: data.contexts_by_lineno(str(PACKAGE / file)))
+        reach = {}
+        for mutant in self.mutants:
+            above, _, _ = (PACKAGE / mutant.file).read_text().partition(mutant.before)
+            first = above.count("\n") + 1
+            lines = range(first, first + mutant.before.count("\n") + 1)
+            reach[mutant.name] = sorted({test for n in lines for test in tests_of(mutant.file).get(n, []) if test})
+        return reach
 
     @staticmethod
     def _run(items: list, before: Callable[[Any], None]) -> dict[str, float]:
@@ -222,16 +232,6 @@ class MutantRun:
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             durations[item.nodeid] = time.perf_counter() - start
         return durations
-
-
-def _that_reach(mutant: Mutant, data: coverage.CoverageData) -> set[str]:
-    """Return the tests that ran a line of the mutant's text."""
-    file = PACKAGE / mutant.file
-    text = file.read_text()
-    start = text.find(mutant.before)
-    first = text.count("\n", 0, start) + 1
-    lines = data.contexts_by_lineno(str(file))
-    return {test for n in range(first, first + mutant.before.count("\n") + 1) for test in lines.get(n, []) if test}
 
 
 def _test_of(item) -> str:

@@ -102,6 +102,14 @@ def test_what_a_user_can_mend_is_one_line_and_nothing_is_left_behind(tmp_path, a
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_process_of_its_own_prints_that_line_and_nothing_of_the_frameworks(tmp_path):
+    done = in_a_process("train", "--report-to", "wandb", cwd=tmp_path)  # refused after TRL was loaded
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("cppo: report_to='wandb': expected a tracker")
+
+
 def test_a_divergence_can_be_run_beside_the_same_method_with_another(tmp_path):
     method = "cppo?budget=fixed&delta_b=0.015"
     done = in_a_process(

@@ -31,7 +31,7 @@ def by_hand(setting, T, xi):
 
 
 SETTINGS = [
-    Setting("demo", 25, 0.15, 0.015, 0.8),
+    Setting("25 tokens", 25, 0.15, 0.015, 0.8),
     Setting("short", 2, 0.2, 0.05, 0.1),
     Setting("flat", 7, 0.3, 0.4, 1.0),  # delta_b > delta: no overdraft
     Setting("one token", 1, 0.15, 0.02, 0.8),

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import pathlib
+import platform
 import re
 import signal
 import subprocess
@@ -132,6 +134,9 @@ def test_a_run_folder_holds_what_it_promises(unbroken):
     assert load_config(unbroken / "config.yaml") == TINY
     versions = yaml.safe_load((unbroken / "config.yaml").read_text())["versions"]
     assert versions["torch"] == torch.__version__
+    linux = pathlib.Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*:\s*(.+)", linux.read_text()) if linux.exists() else None
+    assert versions["processor"].startswith(name[1] if name else platform.machine())
     assert versions["processor"].endswith(f" {torch.backends.cpu.get_cpu_capability()}")
     responses = list(read_rollouts(unbroken / "rollouts"))
     assert len(responses) == TINY.rollouts * TINY.responses
@@ -291,7 +296,7 @@ def test_a_lora_run_resumes_and_its_final_model_loads_by_itself(tmp_path):
         ("method: 3", "method=3: expected text"),
         ("task: null", "task=None: expected text"),
         ("beside: grpo", "beside='grpo': expected a list"),
-        ("beside: [grpo, grpo]", "differ from each other"),
+        ("beside: [grpo, grpo]", "differ from each other and from method='cppo"),
         ("report_to: 5", "report_to=5: expected a list"),
         ('skip_zero_variance: "no"', "skip_zero_variance='no'"),
         ("gguf_file: x.gguf", "expected model to be the folder"),

@@ -18,10 +18,10 @@ _NO_MATTER = ("beside", "report_to", "threads", "checkpoint_every")
 _NOT_SETTINGS = ("method", "seed", *_NO_MATTER)
 # What an arm may set: the rest is the same for all arms, or they would not be matched.
 _OF_AN_ARM = ("learning_rate", "schedule", "warmup", "divergence_top_k", "skip_zero_variance")
-_FIELDS = dataclasses.asdict(RunConfig())
+_DEFAULTS = dataclasses.asdict(RunConfig())
 # What a key leaves out: the defaults when the first lines were written. One that changed later stands here as it was,
 # or the lines of finished runs would not be found again.
-_UNSAID = _FIELDS | {"method": "cppo?budget=fixed&delta_b=0.015", "learning_rate": 7e-4}
+_KEY_DEFAULTS = _DEFAULTS | {"method": "cppo?budget=fixed&delta_b=0.015", "learning_rate": 7e-4}
 ROW_FORMAT = 2
 MOST_RUNS = 100_000
 
@@ -47,7 +47,7 @@ class Cell:
         """The settings that decide the run's numbers."""
         fields = dataclasses.asdict(self.config)
         return {
-            name: float(value) if isinstance(_FIELDS[name], float) else value
+            name: float(value) if isinstance(_DEFAULTS[name], float) else value
             for name, value in fields.items()
             if name not in _NO_MATTER
         }
@@ -56,10 +56,11 @@ class Cell:
     def key(self) -> str:
         """Sixteen hexadecimal digits.
 
-        Of the settings that differ from ``_UNSAID``: one that is new to the laboratory leaves the keys as they were.
+        Of the settings that differ from ``_KEY_DEFAULTS``: one that is new to the laboratory leaves the keys as they
+        were.
         Should it say too little, a line's own settings show that it is another run (``Rows``).
         """
-        return _hash({k: v for k, v in self.content.items() if v != _UNSAID[k]} | {"format": ROW_FORMAT})
+        return _hash({k: v for k, v in self.content.items() if v != _KEY_DEFAULTS[k]} | {"format": ROW_FORMAT})
 
     @property
     def start_key(self) -> str:

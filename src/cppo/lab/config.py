@@ -93,7 +93,8 @@ class RunConfig:
                 )
         if len(set(methods)) != len(methods):
             raise ValueError(
-                f"beside={list(self.beside)}: expected methods that differ from each other and from method"
+                f"beside={list(self.beside)}: expected methods that differ from each other and from "
+                f"method={self.method!r}"
             )
         if isinstance(self.seed, int) and self.seed >= 2**32:
             raise ValueError(f"seed={self.seed}: expected an integer below 2^32")

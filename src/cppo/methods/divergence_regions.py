@@ -48,8 +48,8 @@ class CPPO:
             x g(x) <= 1 beyond, which is checked; ``cppo.sigmoid_gate`` is one.
         divergence: which D; the binary ones come from the log-probs, the others are passed to ``decide``. Paper: top-K
             TV, K = 20.
-        ratio_cap: cap on rho in the coefficient, > 0; None for none. In the laboratory 1, 2 and 5 held at a
-            learning rate at which None and 20 did not (docs/experiments.md).
+        ratio_cap: cap on rho in the coefficient, > 0; None for none. In the laboratory 1 held in every
+            regime that was tried, None and the authors' 20 at high learning rates did not (docs/experiments.md).
         shuffle_seed: which permutation ``position="shuffled"`` takes, in [0, 2^63).
     """
 
