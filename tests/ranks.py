@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import os
 import pathlib
 import random
 import subprocess
@@ -191,12 +192,25 @@ def run_processes(world, folder, question, module="test_context_parallel"):
     return [torch.load(folder / f"answer-{rank}", weights_only=False) for rank in range(world)]
 
 
+def leave_together():
+    """End this process of a group, once all have come so far.
+
+    Not by the interpreter's own end: where one of gloo's threads still holds a tensor then, it asks for a GIL that is
+    gone, and the process is aborted ("terminate called without an active exception").
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def main():
     rank, world, meeting, module, question, answer = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     torch.save(importlib.import_module(module).QUESTIONS[question](rank, world), answer)
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":
