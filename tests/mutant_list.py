@@ -1366,4 +1366,45 @@ MUTANTS = [
             "return row",
         ),
     ),
+    *_mutants(
+        "compare/runner.py",
+        (
+            "comparison: a taken line keeps its names",
+            'self._folder.append(row | {"setting": cell.setting, "arm": cell.arm})',
+            "self._folder.append(row)",
+        ),
+        ("comparison: the last of the others", "for rows in others if", "for rows in reversed(others) if"),
+        ("comparison: taken again", "for cell in cells if own.of(cell) is None}", "for cell in cells}"),
+    ),
+    *_mutants(
+        "inspect/replay.py",
+        (
+            "inspect: a place that counts the tools' tokens",
+            "position * BINS // np.maximum(written, 1)[response]",
+            "position * BINS // np.maximum(chunk.lengths, 1)[response]",
+        ),
+        (
+            "inspect: bins of pi",
+            "np.log(PROBABILITIES[1:-1]), chunk.rollout_logp",
+            "np.log(PROBABILITIES[1:-1]), chunk.logp",
+        ),
+        (
+            "inspect: signs swapped",
+            "np.sign(advantage).astype(np.int64) + 1",
+            "1 - np.sign(advantage).astype(np.int64)",
+        ),
+        (
+            "inspect: rejected by the first rule alone",
+            "likelihood_sign + (codes > 0)",
+            "likelihood_sign + (codes == 1)",
+        ),
+        (
+            "inspect: the weight that is left, signed",
+            "np.abs(_numpy(decision.coefficient, kept)) * np.abs(advantage)",
+            "np.abs(_numpy(decision.coefficient, kept)) * advantage",
+        ),
+        ("inspect: an empty response has a budget", "len(chunk.lengths)) > 0", "len(chunk.lengths)) >= 0"),
+        ("inspect: every step is the first", "place[response][mask]", "0 * place[response][mask]"),
+        ("inspect: differs where both reject", "(codes > 0) != (own[1][mask] > 0)", "codes != own[1][mask]"),
+    ),
 ]

@@ -56,6 +56,8 @@ KILLERS = (
     "compare/test_estimates.py",
     "compare/test_study.py",
     "compare/test_analysis.py",
+    "compare/test_reuse.py",
+    "inspect/test_replay.py",
 )
 SECONDS_A_MUTANT = 300
 PASSED, FAILED, DOES_NOT_RUN = "passed", "failed", "does not run"

@@ -1,0 +1,66 @@
+"""What a study takes from others instead of running it; no process is started here."""
+
+import pytest
+from rich.console import Console
+from rows import CONTENT, line, study
+
+from cppo.compare import runner as module
+from cppo.compare.results import ResultFolder
+from cppo.compare.runner import Runner
+
+pytestmark = pytest.mark.train
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    def refuse(*arguments, **named):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", refuse)
+
+
+def folder_of(path, cells, accuracy):
+    path.mkdir()
+    folder = ResultFolder(path)
+    for cell in cells:
+        folder.append(line(cell, [0.2, accuracy]))
+    return folder
+
+
+def run(folder, plan, others):
+    Runner(folder, 1, Console(quiet=True), keep=False, quiet=True, reuse=others).run("t", plan.cells())
+    return {(row["setting"], row["arm"], row["seed"]): row["accuracy"][-1] for row in folder.rows()}
+
+
+def test_its_own_lines_come_first_then_the_others_in_their_order(tmp_path, nothing_runs):
+    plan = study()
+    cells = plan.cells()
+    own = folder_of(tmp_path / "own", cells[:5], 0.3)
+    one, two = folder_of(tmp_path / "one", cells[3:12], 0.4), folder_of(tmp_path / "two", cells, 0.5)
+    found = run(own, plan, [one, two])
+    assert [found[c.setting, c.arm, c.seed] for c in cells] == [0.3] * 5 + [0.4] * 7 + [0.5] * (len(cells) - 12)
+    assert len(own.results.read_text().splitlines()) == len(cells)
+    before = own.results.read_bytes()
+    run(own, plan, [one, two])
+    assert own.results.read_bytes() == before
+
+
+def test_a_line_comes_under_this_studys_names(tmp_path, nothing_runs):
+    there = study()
+    names = {"grpo": "ratio", "cppo": "cppo", "none": "nothing"}
+    plan = study(
+        settings={f"{name} here": knobs for name, knobs in CONTENT["settings"].items()},
+        arms={names[arm]: knobs for arm, knobs in CONTENT["arms"].items()},
+    )
+    other = folder_of(tmp_path / "other", there.cells(), 0.4)
+    found = run(folder_of(tmp_path / "own", [], 0.0), plan, [other])
+    assert set(found) == {(c.setting, c.arm, c.seed) for c in plan.cells()}
+
+
+def test_a_run_that_none_has_is_not_made_up(tmp_path, nothing_runs):
+    plan = study()
+    other = folder_of(tmp_path / "other", plan.cells()[:-1], 0.4)
+    own = folder_of(tmp_path / "own", [], 0.0)
+    with pytest.raises(AssertionError, match="a process was started"):
+        run(own, plan, [other])
+    assert len(list(own.rows())) == len(plan.cells()) - 1
