@@ -40,12 +40,13 @@ PICTURES = {
         ("short, 5M", "Held-out accuracy"), ("short, 5M", "Every seed"),
     ]),
     "ablations": ("area", [
-        ("", "short drift: reference less each arm"), ("", "tail drift: reference less each arm"),
+        ("", "short drift: cppo less each arm"), ("", "tail drift: cppo less each arm"),
     ]),
 }  # fmt: skip
 GATHER = """wanted => {
   const box = document.createElement("div");
   box.className = "pictures";
+  box.style.padding = "4px 8px";
   document.querySelector("main").prepend(box);
   for (const [setting, title] of wanted) {
     const found = [...document.querySelectorAll("figure")].filter((figure) => {

@@ -1300,7 +1300,8 @@ MUTANTS = [
             "len(p_values) * p_values[index]",
         ),
         ("comparison: an interval of three seeds", "if seeds < FEWEST:", "if seeds < FEWEST - 1:"),
-        ("comparison: seeds for one side", "stats.norm.ppf(0.975)", "stats.norm.ppf(0.95)"),
+        ("comparison: seeds for one side", "1 - 0.025 / tests", "1 - 0.05 / tests"),
+        ("comparison: seeds for one test of many", "1 - 0.025 / tests", "1 - 0.025"),
         ("comparison: seeds that no test can use", "return max(fewest,", "return max(2,"),
         (
             "comparison: the mean over settings alone",
@@ -1318,6 +1319,7 @@ MUTANTS = [
     *_mutants(
         "compare/analysis.py",
         ("comparison: arm less reference", "difference = x - y", "difference = y - x"),
+        ("comparison: p of the first setting alone", "(theirs - own).mean(0)", "(theirs - own)[0]"),
         ("comparison: drift, arm less reference", "[x - y for x, y in pairs", "[y - x for x, y in pairs"),
         ("comparison: the seeds that began together", "if len(found) > 1)", "if len(found) == 1)"),
         ("comparison: any drift is lower", "(difference < 0).sum()", "(difference < 1).sum()"),

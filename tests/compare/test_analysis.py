@@ -78,6 +78,10 @@ def test_settings_weigh_the_same_overall(document):
     against = document["overall"]["grpo"]["final"]["reference_less_arm"]
     assert against["mean"] == pytest.approx((0.05 + 0.1625) / 2)
     assert against["interval"][0] < against["mean"] < against["interval"][1]
+    # A seed's mean difference is 0.35, -0.075, 0.1, 0.05: 6 of 16 choices of signs give a sum of 0.425 or more in size.
+    assert against["p"] == 0.375
+    assert document["overall"]["none"]["final"]["reference_less_arm"]["p"] == 0.125
+    assert document["overall"]["none"]["final"]["reference_less_arm"]["p_holm"] == 0.25
     assert document["overall"]["none"]["collapsed"] == 5
     assert document["overall"]["none"]["seeds"] == 4
 

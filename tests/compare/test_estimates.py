@@ -111,12 +111,15 @@ def test_seeds_needed_is_what_a_normal_test_needs():
     # (1.95996 + 0.84162)^2 = 7.849
     assert seeds_needed(0.1, 0.1) == math.ceil(7.849)
     assert seeds_needed(0.2, 0.1) == math.ceil(4 * 7.849)
-    hits, needed = 0, seeds_needed(1.0, 0.5)
+    # Of five tests: (2.57583 + 0.84162)^2 = 11.679
+    assert seeds_needed(0.2, 0.1, tests=5) == math.ceil(4 * 11.679)
     dice = np.random.default_rng(0)
-    for _ in range(4000):
-        sample = dice.normal(0.5, 1.0, needed)
-        hits += sample.mean() / (1 / math.sqrt(needed)) > 1.95996
-    assert hits / 4000 == pytest.approx(0.8, abs=0.025)
+    for tests, quantile in ((1, 1.95996), (5, 2.57583)):
+        hits, needed = 0, seeds_needed(1.0, 0.5, tests=tests)
+        for _ in range(4000):
+            sample = dice.normal(0.5, 1.0, needed)
+            hits += sample.mean() / (1 / math.sqrt(needed)) > quantile
+        assert hits / 4000 == pytest.approx(0.8, abs=0.025)
 
 
 def test_seeds_needed_is_never_fewer_than_the_test_can_use():

@@ -72,10 +72,61 @@ def test_arms_after_a_search_can_be_looked_at_alone(show):
     page = show(analyse(plan, Rows(lines(plan.cells(chosen), lambda cell: [0.2, 0.5])), chosen, {}))
     legend = page.locator("#curves .legend").first
     assert legend.locator("li").all_inner_texts() == ["cppo", "grpo", "none", "cppo (searched)", "grpo (searched)"]
-    page.select_option("#arms", "searched")
+    page.get_by_role("button", name="after the search").click()
     assert legend.locator("li").all_inner_texts() == ["cppo (searched)", "grpo (searched)"]
-    page.select_option("#arms", "given")
+    page.get_by_role("button", name="as given").click()
     assert legend.locator("li").all_inner_texts() == ["cppo", "grpo", "none"]
+    page.get_by_label("grpo", exact=True).uncheck()
+    assert legend.locator("li").all_inner_texts() == ["cppo", "none"]
+    page.get_by_role("button", name="all", exact=True).click()
+    assert legend.locator("li").count() == 5
+
+
+def drawn_lines(page):
+    """Of the first learning curves: colour and dash of each line, and how many bands there are."""
+    plot = page.locator("#curves .plot").first
+    return plot.evaluate(
+        "plot => ({lines: Object.fromEntries(plot.data.filter(t => t.fill !== 'toself')"
+        ".map(t => [t.name, t.line.color + ' ' + t.line.dash])),"
+        " bands: plot.data.filter(t => t.fill === 'toself').length})"
+    )
+
+
+def test_a_method_keeps_its_colour_from_study_to_study(show):
+    shown = []
+    for arms in (
+        {"cppo": "cppo", "kl": "cppo?divergence=binary_kl", "dppo": "dppo", "none": "policy_gradient"},
+        {"none": "policy_gradient", "ours": "cppo?ratio_cap=1", "max": "trm_max", "avg": "trm_avg", "dppo": "dppo"},
+    ):
+        plan = study(arms=arms, reference=next(iter(arms)))
+        shown.append(drawn_lines(show(analyse(plan, Rows(lines(plan.cells(), lambda c: [0.2, 0.5])), {}, {})))["lines"])
+    one, two = shown
+    assert one["cppo"] == two["ours"]
+    assert one["kl"] == one["cppo"].replace("solid", "dash")
+    assert two["avg"] == two["max"].replace("solid", "dash")
+    assert (one["dppo"], one["none"]) == (two["dppo"], two["none"])
+    assert len({*one.values(), *two.values()}) == 6
+
+
+def test_many_arms_of_one_method_have_a_colour_each_and_no_bands(show):
+    arms = {f"b {n}": f"cppo?delta_b=0.0{n}" for n in range(1, 10)}
+    plan = study(arms=arms, reference="b 1")
+    found = lines(plan.cells(), lambda c: [0.2, 0.5 + 0.01 * c.seed])
+    page = show(analyse(plan, Rows(found), {}, {}))
+    drawn = drawn_lines(page)
+    assert len(set(drawn["lines"].values())) == 9
+    assert drawn["bands"] == 0
+    for name in ("b 7", "b 8", "b 9"):
+        page.get_by_label(name, exact=True).uncheck()
+    assert drawn_lines(page)["bands"] == 6
+
+
+def test_differences_stand_on_one_axis(show):
+    plan = study()
+    page = show(analyse(plan, Rows(lines(plan.cells(), lambda c: [0.2, (0.9 if c.arm == "cppo" else 0.5)])), {}, {}))
+    ranges = page.locator("#differences .plot").evaluate_all("plots => plots.map(p => p._fullLayout.xaxis.range)")
+    assert ranges[0] == ranges[1]
+    assert page.locator("#differences h4").first.inner_text() == "calm: cppo less each arm"
 
 
 def test_settings_on_an_axis_are_drawn_along_it(show):

@@ -160,14 +160,18 @@ def _compare(study: Study, kind: str, arms: Arms, found: dict[str, dict[str, Any
     """
     for searched in (False, True):
         family = [arm for arm in arms if arm.endswith(SEARCHED) == searched and arm != reference_of(study, arm)]
-        tested = []
-        for arm in family:
-            entry = _difference(study, kind, arms, arm, len(family))
+        entries = {arm: _difference(study, kind, arms, arm, len(family)) for arm in family}
+        for arm, entry in entries.items():
             if entry is not None:
                 found[arm]["scores"][kind]["reference_less_arm"] = entry
-                tested += [entry] if entry["p"] is not None else []
-        for entry, adjusted in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
-            entry["p_holm"] = adjusted
+        _adjust([entry for entry in entries.values() if entry is not None])
+
+
+def _adjust(differences: list[dict[str, Any]]) -> None:
+    """Add to the differences of one family of tests their p-values adjusted for its size."""
+    tested = [entry for entry in differences if entry["p"] is not None]
+    for entry, adjusted in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
+        entry["p_holm"] = adjusted
 
 
 def _difference(study: Study, kind: str, arms: Arms, arm: str, tests: int) -> dict[str, Any] | None:
@@ -244,8 +248,16 @@ def _overall(study: Study, runs: Mapping[str, Arms]) -> dict[str, Any]:
                 entry[kind]["reference_less_arm"] = {
                     "mean": float(mean(theirs - own)), "interval": interval(theirs - own, mean),
                     "probability": probability, "probability_interval": bounds,
+                    "p": sign_flip_p((theirs - own).mean(0)), "p_holm": None,
                 }  # fmt: skip
         overall[arm] = entry
+    for kind in SCORES:
+        for searched in (False, True):
+            _adjust([
+                entry[kind]["reference_less_arm"]
+                for arm, entry in overall.items()
+                if arm.endswith(SEARCHED) == searched and "reference_less_arm" in entry[kind]
+            ])  # fmt: skip
     return overall
 
 

@@ -108,15 +108,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def seeds_needed(deviation: float, difference: float, *, tests: int = 1, power: float = 0.8) -> int:
     """Return how many paired seeds show a difference of that size.
 
-    ((z_0.975 + z_power) deviation / difference)^2, and no fewer than those with which a sign-flip test of ``tests``
-    arms can show anything at all: 2^(1 - n) tests <= 0.05.
+    ((z_a + z_power) deviation / difference)^2 with a = 1 - 0.025 / ``tests``, as if each of the arms had to pass
+    Holm's first and strictest step; and no fewer than those with which a sign-flip test of so many arms can show
+    anything at all: 2^(1 - n) tests <= 0.05.
 
     Args:
         deviation: standard deviation of the paired difference, >= 0.
         difference: the size to be shown, > 0.
         tests: how many arms are compared with the reference, >= 1.
-        power: the probability to show it, at a two-sided level of 5 %.
+        power: the probability to show it, at a two-sided level of 5 % over all tests.
     """
-    quantiles = stats.norm.ppf(0.975) + stats.norm.ppf(power)
+    quantiles = stats.norm.ppf(1 - 0.025 / tests) + stats.norm.ppf(power)
     fewest = math.ceil(1 + math.log2(tests / 0.05))
     return max(fewest, math.ceil(float(quantiles * deviation / difference) ** 2))

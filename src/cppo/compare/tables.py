@@ -126,25 +126,16 @@ def overall(document: dict[str, Any], kind: str) -> Plain:
             entry["reference"] if against else "-",
             _signed(against.get("mean"), against.get("interval")),
             _plain(against.get("probability"), against.get("probability_interval")),
-            f"{entry['collapsed']}",
+            _p(against.get("p_holm")), f"{entry['collapsed']}",
         ))  # fmt: skip
     return Plain(
         f"All settings: {kind} accuracy",
-        (
-            "arm",
-            "settings",
-            "seeds",
-            "mean",
-            "IQM",
-            "reference",
-            "reference less arm",
-            "P(reference better)",
-            "collapsed",
-        ),
+        ("arm", "settings", "seeds", "mean", "IQM", "reference", "reference less arm", "P(reference better)",
+         "p (Holm)", "collapsed"),
         rows,
         "Over the seeds that the arm and its reference have in all settings; each setting weighs the same. A seed is "
-        "drawn with all its settings. The IQM is over all runs.",
-    )
+        "drawn with all its settings, and its differences flip their sign together. The IQM is over all runs.",
+    )  # fmt: skip
 
 
 def searches(document: dict[str, Any]) -> Plain:
@@ -172,8 +163,8 @@ def seeds(document: dict[str, Any], kind: str) -> Plain:
     return Plain(
         f"How many paired seeds would show a difference in {kind} accuracy",
         ("setting", "arm", "deviation of the difference", "of 0.02", "of 0.05", "of 0.1"), rows,
-        "With a probability of 80 %, at a two-sided level of 5 %; never fewer than those with which a sign-flip "
-        "test, adjusted for the number of arms, can show anything.",
+        "With a probability of 80 %, at a two-sided level of 5 % over all arms of the setting; never fewer than those "
+        "with which a sign-flip test of so many arms can show anything.",
     )  # fmt: skip
 
 

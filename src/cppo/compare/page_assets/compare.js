@@ -5,33 +5,58 @@ const study = JSON.parse(byId("data").textContent);
 const settings = Object.entries(study.settings);
 const armNames = [...new Set(settings.flatMap(([, setting]) => Object.keys(setting.arms)))];
 const baseNames = [...new Set(armNames.map((name) => name.replace(SEARCHED, "")))];
-const SCORE_TITLES = { final: "last evaluation", best: "best evaluation", area: "mean of the evaluations" };
+const SCORE_TITLES = { final: "last evaluation", best: "best evaluation", area: "area: mean of the evaluations" };
+// Methods that keep their colour from study to study.
+const OWN_COLOUR = { cppo: 0, trm: 1, dppo: 2, policy_gradient: 3, grpo: 4, cispo: 5, minpro: 6 };
+const MOST_BANDS = 6;
+const TICKS = [-6, -5, -4, -3, -2, -1, 0, 1, 2, 3].flatMap((power) => [1, 2, 5].map((digit) => Number(`${digit}e${power}`)));
+const LOGARITHMIC = { type: "log", rangemode: "normal", tickmode: "array", tickvals: TICKS, ticktext: TICKS.map(String) };
+const styles = armStyles();
 
 const kind = () => byId("kind").value;
 
-// An arm and the same one after a search share a colour.
+// A colour a method, and of its arms the first solid, the next ones dashed and dotted. Where one method has more arms
+// than that: a colour an arm, the same one after a search.
+function armStyles() {
+  const found = {};
+  const taken = new Map();
+  for (const name of armNames) {
+    const { method } = settings.map(([, setting]) => setting.arms[name]).find(Boolean);
+    const [whole] = method.split("?");
+    const family = whole.startsWith("trm_") ? "trm" : whole;
+    const index = OWN_COLOUR[family] ?? armNames.indexOf(name) % COLOURS;
+    const before = taken.get(index) ?? 0;
+    taken.set(index, before + 1);
+    found[name] = { index, style: STYLES[before] };
+  }
+  if (Math.max(...taken.values()) <= STYLES.length) return found;
+  for (const name of armNames) {
+    const index = baseNames.indexOf(name.replace(SEARCHED, ""));
+    const style = name.endsWith(SEARCHED) ? "dot" : STYLES[Math.floor(index / COLOURS) % 2];
+    found[name] = { index, style };
+  }
+  return found;
+}
+
 function hue(name) {
-  return colour(baseNames.indexOf(name.replace(SEARCHED, "")));
+  return colour(styles[name].index);
 }
 
 function dash(name) {
-  if (name.endsWith(SEARCHED)) return "dot";
-  return baseNames.indexOf(name) >= COLOURS ? "dash" : "solid";
+  return styles[name].style;
 }
 
 function shown(name) {
-  const choice = byId("arms").value;
-  if (choice === "given") return !name.endsWith(SEARCHED);
-  if (choice === "searched") return name.endsWith(SEARCHED);
-  return true;
+  return byId(`arm-${armNames.indexOf(name)}`).checked;
 }
 
 function drawn(setting) {
   return Object.entries(setting.arms).filter(([name]) => shown(name));
 }
 
+// More bands than a few hide each other and the lines.
 function band(x, low, high, hueOf) {
-  if (low.some((value) => value === null)) return [];
+  if (low.some((value) => value === null) || armNames.filter(shown).length > MOST_BANDS) return [];
   return [
     {
       type: "scatter",
@@ -75,7 +100,7 @@ function curve(setting, name, title, log) {
       })),
     layout: {
       xaxis: titled("rollout"),
-      yaxis: titled(title, log ? { type: "log", rangemode: "normal" } : {}),
+      yaxis: titled(title, log ? LOGARITHMIC : {}),
       hovermode: "closest",
     },
   };
@@ -126,11 +151,17 @@ function seedDots(setting) {
   };
 }
 
-// Reference less arm, a row a setting and arm.
-function differences(setting, name) {
-  const found = drawn(setting)
+function compared(setting) {
+  return drawn(setting)
     .map(([arm, entry]) => [arm, entry.scores[kind()].reference_less_arm])
     .filter(([, difference]) => difference && difference.interval);
+}
+
+// Reference less arm, a row an arm. The axis is the same in every setting: side by side a small effect looks small.
+function differences(setting, name) {
+  const found = compared(setting);
+  const ends = settings.flatMap(([, other]) => compared(other).flatMap(([, { interval }]) => interval));
+  const margin = 0.05 * (Math.max(0, ...ends) - Math.min(0, ...ends));
   return {
     traces: found.map(([arm, difference]) => ({
       type: "scatter",
@@ -147,9 +178,13 @@ function differences(setting, name) {
         color: hue(arm),
       },
     })),
-    title: `${name}: reference less each arm`,
+    title: `${name}: ${study.reference} less each arm`,
     layout: {
-      xaxis: titled(`difference, ${SCORE_TITLES[kind()]}`, { zeroline: true, zerolinewidth: 2 }),
+      xaxis: titled(`difference, ${SCORE_TITLES[kind()]}`, {
+        zeroline: true,
+        zerolinewidth: 2,
+        range: [Math.min(0, ...ends) - margin, Math.max(0, ...ends) + margin],
+      }),
       yaxis: { autorange: "reversed", type: "category", rangemode: "normal" },
       hovermode: "closest",
       margin: { l: 150, r: 12, t: 8, b: 40 },
@@ -165,7 +200,7 @@ function axis() {
   return titled(study.axis, wide ? { type: "log", rangemode: "normal", ...ticks } : ticks);
 }
 
-function alongAxis(value, title, bounds) {
+function alongAxis(value, title, bounds, log) {
   const found = armNames.filter(shown).map((name) => [
     name,
     settings
@@ -191,9 +226,16 @@ function alongAxis(value, title, bounds) {
         hue(name),
       );
     }),
-    layout: { xaxis: axis(), yaxis: titled(title), hovermode: "closest" },
+    layout: {
+      xaxis: axis(),
+      yaxis: titled(title, log ? LOGARITHMIC : {}),
+      hovermode: "closest",
+    },
   };
 }
+
+const MEAN_CAPTION =
+  `Mean over ${study.seeds.length} seeds; 95 % interval, drawn for up to ${MOST_BANDS} arms at a time.`;
 
 function height(setting) {
   return 90 + 30 * Object.keys(setting.arms).length;
@@ -204,9 +246,10 @@ function showPictures() {
     byId("axis").hidden = false;
     byId("axis-title").textContent = `Along ${study.axis}`;
     const parent = byId("axis-pictures");
-    picture(parent, "Accuracy", "Mean over the seeds, 95 % interval.", () =>
+    picture(parent, "Accuracy", MEAN_CAPTION, () =>
       alongAxis((arm) => arm.scores[kind()].mean, SCORE_TITLES[kind()], (arm) => arm.scores[kind()].mean_interval));
-    picture(parent, "Drift", "Mean |pi - mu| of the sampled tokens.", () => alongAxis((arm) => arm.stability.gap, "drift"));
+    picture(parent, "Drift", "Mean |pi - mu| of the sampled tokens.", () =>
+      alongAxis((arm) => arm.stability.gap, "drift", null, true));
     picture(parent, "Masked", "Share of the tokens.", () => alongAxis((arm) => arm.stability.masked, "masked"));
   }
   for (const [name, setting] of settings) {
@@ -217,7 +260,7 @@ function showPictures() {
     );
     const parent = make("div", { class: "pictures" });
     byId("curves").append(make("h3", {}, name), parent);
-    picture(parent, "Held-out accuracy", "Mean over the seeds, 95 % interval.", () => accuracy(setting));
+    picture(parent, "Held-out accuracy", MEAN_CAPTION, () => accuracy(setting));
     picture(parent, "Every seed", "A dot a seed; diamond: the mean, 95 % interval.", () => seedDots(setting), height(setting));
     for (const [key, title, log] of [
       ["gap", "Drift: mean |pi - mu|", true],
@@ -251,12 +294,24 @@ function showTables() {
 }
 
 options(byId("kind"), Object.entries(SCORE_TITLES));
-options(
-  byId("arms"),
-  armNames.some((name) => name.endsWith(SEARCHED))
-    ? [["all", "all"], ["given", "as given"], ["searched", "after the search"]]
-    : [["all", "all"]],
-);
+for (const [index, name] of armNames.entries()) {
+  const box = make("input", { type: "checkbox", id: `arm-${index}`, checked: true });
+  byId("arms").append(make("label", {}, box, " ", foreign(name)), " ");
+}
+if (armNames.some((name) => name.endsWith(SEARCHED))) {
+  for (const [title, wanted] of [
+    ["as given", (name) => !name.endsWith(SEARCHED)],
+    ["after the search", (name) => name.endsWith(SEARCHED)],
+    ["all", () => true],
+  ]) {
+    const button = make("button", { type: "button" }, title);
+    button.addEventListener("click", () => {
+      for (const [index, name] of armNames.entries()) byId(`arm-${index}`).checked = wanted(name);
+      renderAll();
+    });
+    byId("arms").append(button, " ");
+  }
+}
 byId("about").textContent =
   `${study.runs} runs, ${study.cpu_hours} CPU hours. Reference: ${study.reference}.` +
   (study.missing ? ` ${study.missing} runs are not there, ${study.failed} of them failed.` : "") +
@@ -265,9 +320,8 @@ showPictures();
 showTables();
 renderAll();
 watchTheScreen();
-for (const id of ["kind", "arms"]) {
-  byId(id).addEventListener("change", () => {
-    renderAll();
-    showTables();
-  });
-}
+byId("arms").addEventListener("change", renderAll);
+byId("kind").addEventListener("change", () => {
+  renderAll();
+  showTables();
+});

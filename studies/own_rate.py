@@ -1,0 +1,55 @@
+"""Each arm of a study at the setting that suits it best, as if its learning rate had been tuned.
+
+``python studies/own_rate.py FOLDER REFERENCE SETTING ..``: a seed is scored in the setting in which the arm's other
+seeds do best, so no run helps to choose its own setting. Score by score: the mean over the seeds, the reference less
+the arm with its 95 % bootstrap interval, and which settings were chosen for how many seeds. The interval draws seeds
+with their choice made; how the choice would vary is not in it.
+"""
+
+from __future__ import annotations
+
+import collections
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from cppo.compare.estimates import Values, interval, mean
+from cppo.compare.results import ResultFolder
+from cppo.compare.scores import SCORES
+
+
+def at_its_best(scores: Values) -> tuple[Values, list[int]]:
+    """Return, of scores [settings, seeds], each seed's in the setting that is best for the others; and which it is."""
+    others = scores.sum(1, keepdims=True) - scores
+    chosen = others.argmax(0)
+    return scores[chosen, np.arange(scores.shape[1])], chosen.tolist()
+
+
+def main(folder: str, reference: str, *settings: str) -> None:
+    """Print a table a score."""
+    rows = {(row["arm"], row["setting"], row["seed"]): row for row in ResultFolder(Path(folder)).rows()}
+    arms = list(dict.fromkeys(arm for arm, setting, _ in rows if setting in settings))
+    seeds = sorted({seed for _, setting, seed in rows if setting in settings})
+    if missing := [(a, s, n) for a in arms for s in settings for n in seeds if (a, s, n) not in rows] or not arms:
+        sys.exit(f"{folder}: expected every arm and seed in each of {', '.join(settings)}; not there: {missing}")
+    if reference not in arms:
+        sys.exit(f"{reference}: expected one of {', '.join(arms)}")
+    for kind in ("final", "area"):
+        found = {}
+        for arm in arms:
+            score = np.array([[SCORES[kind](rows[arm, s, n]) for n in seeds] for s in settings])
+            found[arm] = at_its_best(score)
+        print(f"\n| {kind} | mean | {reference} less arm | chosen, for how many seeds |\n|---|---|---|---|")
+        for arm, (values, chosen) in found.items():
+            difference = found[reference][0] - values
+            low, high = interval(difference[None], mean) or (np.nan, np.nan)
+            versus = "-" if arm == reference else f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+            picked = ", ".join(f"{settings[i]}: {n}" for i, n in collections.Counter(chosen).most_common())
+            print(f"| {arm} | {values.mean():.3f} | {versus} | {picked} |")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 5:
+        sys.exit("expected FOLDER REFERENCE SETTING SETTING ..")
+    main(*sys.argv[1:])

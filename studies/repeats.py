@@ -1,0 +1,48 @@
+"""How much of a run is chance: runs of the same settings and seed, from processors that round differently.
+
+``python studies/repeats.py``: the lines of docs/studies that mean the same run and have other numbers, because the
+warm start was made on another kind of processor. For each method and setting of which there are five pairs or more:
+the deviation of the difference of the two, and their correlation, for the last evaluation and the area.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from pathlib import Path
+
+import numpy as np
+
+from cppo.compare.results import ResultFolder
+from cppo.compare.scores import SCORES
+
+STUDIES = Path(__file__).resolve().parent.parent / "docs" / "studies"
+FEWEST = 5
+
+
+def main() -> None:
+    """Print the table."""
+    same = collections.defaultdict(dict)
+    for folder in sorted(STUDIES.iterdir()):
+        for row in ResultFolder(folder).rows():
+            same[json.dumps(row["config"], sort_keys=True)].setdefault(tuple(row["accuracy"]), row)
+    pairs = collections.defaultdict(list)
+    for runs in same.values():
+        if len(runs) > 1:
+            one, two, *_ = runs.values()
+            config = one["config"]
+            what = one["method"], config["task"], config["learning_rate"], config["epochs"], config["sampler_noise"]
+            pairs[what].append((one, two))
+    print("| method | task | learning rate | pairs | last: deviation, correlation | area |\n|---|---|---|---|---|---|")
+    for (method, task, rate, epochs, noise), found in sorted(pairs.items()):
+        if len(found) < FEWEST:
+            continue
+        cells = []
+        for kind in ("final", "area"):
+            x, y = np.array([[SCORES[kind](row) for row in pair] for pair in found]).T
+            cells.append(f"{(x - y).std(ddof=1):.3f}, {np.corrcoef(x, y)[0, 1]:+.2f}")
+        print(f"| {method} | {task}, {epochs} epochs, noise {noise} | {rate:g} | {len(found)} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
