@@ -1376,6 +1376,9 @@ MUTANTS = [
             "self._folder.append(row)",
         ),
         ("comparison: the last of the others", "for rows in others if", "for rows in reversed(others) if"),
+        ("comparison: a start made twice", "if cell.start_key not in self._asked:", "if True:"),
+        ("comparison: the first cell, ready or not", "self.waiting.pop(place), False", "self.waiting.pop(0), False"),
+        ("comparison: a start never asked for again", "self._asked.discard(cell.start_key)", "pass"),
         ("comparison: taken again", "for cell in cells if own.of(cell) is None}", "for cell in cells}"),
     ),
     *_mutants(

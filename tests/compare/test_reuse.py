@@ -1,4 +1,4 @@
-"""What a study takes from others instead of running it; no process is started here."""
+"""What a study runs next, and what it takes from others instead of running it; no process is started here."""
 
 import pytest
 from rich.console import Console
@@ -6,7 +6,7 @@ from rows import CONTENT, line, study
 
 from cppo.compare import runner as module
 from cppo.compare.results import ResultFolder
-from cppo.compare.runner import Runner
+from cppo.compare.runner import Queue, Runner
 
 pytestmark = pytest.mark.train
 
@@ -64,3 +64,42 @@ def test_a_run_that_none_has_is_not_made_up(tmp_path, nothing_runs):
     with pytest.raises(AssertionError, match="a process was started"):
         run(own, plan, [other])
     assert len(list(own.rows())) == len(plan.cells()) - 1
+
+
+def taken(queue, count):
+    """The next tasks, as (seed, setting, arm or "start")."""
+    tasks = [queue.pop() for _ in range(count)]
+    return [task and (task[0].seed, task[0].setting, "start" if task[1] else task[0].arm) for task in tasks]
+
+
+def test_a_warm_start_comes_just_before_the_first_run_that_needs_it():
+    there = set()
+    cells = study().cells()
+    queue = Queue(cells, there.__contains__)
+    # Both settings share the start of a seed: while seed 0's is made, there is only the next seed's to do.
+    assert taken(queue, 2) == [(0, "calm", "start"), (1, "calm", "start")]
+    there.add(cells[0].start_key)
+    queue.has_started(cells[0])
+    assert taken(queue, 3) == [(0, "calm", "cppo"), (0, "calm", "grpo"), (0, "calm", "none")]
+    assert taken(queue, 4) == [
+        (0, "wild", "cppo"), (0, "wild", "grpo"), (0, "wild", "none"), (2, "calm", "start")
+    ]  # fmt: skip
+    there.update(cell.start_key for cell in cells)
+    assert taken(queue, len(cells)) == [(c.seed, c.setting, c.arm) for c in cells[6:]] + [None] * 6
+    assert queue.waiting == []
+
+
+def test_nothing_is_to_be_done_while_all_wait_for_a_start_under_way():
+    cells = [cell for cell in study().cells() if cell.seed == 0]
+    queue = Queue(cells, lambda key: False)
+    assert taken(queue, 2) == [(0, "calm", "start"), None]
+    queue.has_started(cells[0])  # made, and gone again: it is asked for once more
+    assert taken(queue, 2) == [(0, "calm", "start"), None]
+    assert queue.lose(cells[0]) == cells
+    assert queue.waiting == []
+
+
+def test_a_pretrained_model_has_no_warm_start():
+    plan = study(base={"epochs": 4, "rollouts": 2, "model": "some/folder"})
+    queue = Queue(plan.cells(), lambda key: False)
+    assert taken(queue, 1) == [(0, "calm", "cppo")]

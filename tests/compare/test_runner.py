@@ -168,12 +168,18 @@ def test_a_policy_that_diverges_is_scored_and_not_left_out(finished, tmp_path):
     assert (arm["collapsed"], arm["diverged"]) == (2, 2)
 
 
-def test_a_warm_start_that_fails_ends_the_comparison(tmp_path):
+def test_a_warm_start_that_fails_costs_its_own_runs_and_no_others(finished, tmp_path):
     folder = ResultFolder(tmp_path)
-    folder.starts.write_text("no folder")
-    with pytest.raises(ValueError, match="a warm start failed"):
-        run_study(make_study(TINY), folder, runner(folder))
-    assert not folder.results.exists()
+    plan = make_study(TINY)
+    key = next(cell.start_key for cell in plan.cells() if cell.seed == 1)
+    shutil.copytree(finished.starts, folder.starts)
+    shutil.rmtree(folder.starts / key)
+    (folder.starts / key).write_text("no folder")
+    run = runner(folder)
+    run_study(plan, folder, run)
+    assert [text.partition(": ")[0] for text in run.failed] == ["default / cppo / seed 1", "default / grpo / seed 1"]
+    assert {row["seed"] for row in folder.rows()} == {0}
+    assert len(folder.failed()) == 2
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path):

@@ -26,6 +26,40 @@ from cppo.compare.worker import is_start, make_cell_start, prepare, run_cell
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
+class Queue:
+    """Cells in their order. Of those whose warm start is not there the first asks for it, and the others wait.
+
+    Args:
+        cells: what is to be run.
+        has_start: whether the warm start of this key is there.
+    """
+
+    def __init__(self, cells: Iterable[Cell], has_start: Callable[[str], bool]) -> None:
+        self.waiting = list(cells)
+        self._has_start = has_start
+        self._asked: set[str] = set()
+
+    def pop(self) -> tuple[Cell, bool] | None:
+        """Return a cell, and whether it is its warm start that is to be made; None while all wait for theirs."""
+        for place, cell in enumerate(self.waiting):
+            if not cell.config.tiny or self._has_start(cell.start_key):
+                return self.waiting.pop(place), False
+            if cell.start_key not in self._asked:
+                self._asked.add(cell.start_key)
+                return cell, True
+        return None
+
+    def has_started(self, cell: Cell) -> None:
+        """Note that the warm start that this cell asked for was made."""
+        self._asked.discard(cell.start_key)
+
+    def lose(self, cell: Cell) -> list[Cell]:
+        """Take out, and return, the cells that wait for the same warm start as this one."""
+        lost = [one for one in self.waiting if one.start_key == cell.start_key]
+        self.waiting = [one for one in self.waiting if one.start_key != cell.start_key]
+        return lost
+
+
 class Runner:
     """Runs cells into a folder.
 
@@ -57,7 +91,7 @@ class Runner:
         """Run the cells that have no line yet.
 
         Raises:
-            ValueError: if a warm start could not be made, or a worker process died.
+            ValueError: if a worker process died.
         """
         cells = list(cells)
         self._take_lines(cells)
@@ -68,10 +102,6 @@ class Runner:
         missing = list({cell.key: cell for cell in cells if rows.of(cell) is None}.values())
         if not missing:
             return
-        starts = {cell.start_key: cell for cell in missing if cell.config.tiny}
-        starts = {
-            key: cell for key, cell in starts.items() if not is_start(self._start(key)) and not self._take_start(key)
-        }
         with (
             _one_thread(),
             ProcessPoolExecutor(
@@ -80,13 +110,7 @@ class Runner:
             self._progress() as progress,
         ):
             try:
-                self._work(
-                    progress, f"{title}: warm starts", list(starts.values()),
-                    lambda cell: pool.submit(make_cell_start, cell.config, self._start(cell.start_key)), None,
-                )  # fmt: skip
-                if self.failed:
-                    raise ValueError(f"a warm start failed ({self._folder.failures}): {self.failed[0]}")
-                self._work(progress, title, missing, lambda cell: self._submit(pool, cell), self._folder.append)
+                self._work(progress, title, missing, pool)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():
@@ -113,40 +137,45 @@ class Runner:
     def _start(self, key: str) -> Path:
         return self._folder.starts / key
 
-    def _submit(self, pool: ProcessPoolExecutor, cell: Cell) -> Future[dict[str, Any]]:
-        start = self._start(cell.start_key) if cell.config.tiny else None
-        return pool.submit(run_cell, cell, start, self._folder.runs, keep=self._keep)
-
-    def _work(
-        self,
-        progress: Progress,
-        title: str,
-        cells: list[Cell],
-        submit: Callable[[Cell], Future[Any]],
-        done: Callable[[dict[str, Any]], None] | None,
-    ) -> None:
-        if not cells:
-            return
+    def _work(self, progress: Progress, title: str, cells: list[Cell], pool: ProcessPoolExecutor) -> None:
         bar = progress.add_task(title, total=len(cells), left="")
-        pending = {submit(cell): cell for cell in cells}
-        for future in concurrent.futures.as_completed(list(pending)):
-            cell = pending.pop(future)
-            try:
-                row = future.result()
-            except BrokenProcessPool:
-                raise ValueError(
-                    f"{title}: a worker process died, out of memory perhaps; what was finished is kept: run the same "
-                    "command again, with fewer --jobs"
-                ) from None
-            except Exception as error:  # noqa: BLE001  one run's failure must not cost the others
-                self._failed(cell, error)
-            else:
-                if done is not None:
-                    done(row)
-                    self._seconds.setdefault(cell.setting, []).append(row["wall_seconds"])
-                    self._say(cell, f"{row['accuracy'][-1]:.3f}", pending)
-            progress.update(bar, advance=1, left=self._left(list(pending.values())) if done else "")
+        queue = Queue(cells, lambda key: is_start(self._start(key)) or self._take_start(key))
+        pending: dict[Future[Any], tuple[Cell, bool]] = {}  # the bool: its warm start, not the run
+        while queue.waiting or pending:
+            while len(pending) < self._jobs and (task := queue.pop()):
+                pending[self._submit(pool, *task)] = task
+            for future in concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED).done:
+                cell, starting = pending.pop(future)
+                ended = [] if starting else [cell]
+                try:
+                    row = future.result()
+                except BrokenProcessPool:
+                    raise ValueError(
+                        f"{title}: a worker process died, out of memory perhaps; what was finished is kept: run the "
+                        "same command again, with fewer --jobs"
+                    ) from None
+                except Exception as error:  # noqa: BLE001  one run's failure must not cost the others
+                    ended = queue.lose(cell) if starting else ended
+                    for one in ended:
+                        self._failed(one, error)
+                else:
+                    left = [*queue.waiting, *(c for c, of_start in pending.values() if not of_start)]
+                    if starting:
+                        queue.has_started(cell)
+                    else:
+                        self._folder.append(row)
+                        self._seconds.setdefault(cell.setting, []).append(row["wall_seconds"])
+                        self._say(cell, f"{row['accuracy'][-1]:.3f}", left)
+                    progress.update(bar, left=self._left(left))
+                progress.update(bar, advance=len(ended))
         progress.remove_task(bar)
+
+    def _submit(self, pool: ProcessPoolExecutor, cell: Cell, starting: bool) -> Future[Any]:
+        path = self._start(cell.start_key) if cell.config.tiny else None
+        if starting:
+            assert path is not None
+            return pool.submit(make_cell_start, cell.config, path)
+        return pool.submit(run_cell, cell, path, self._folder.runs, keep=self._keep)
 
     def _failed(self, cell: Cell, error: Exception) -> None:
         name = f"{cell.setting} / {cell.arm} / seed {cell.seed}"
