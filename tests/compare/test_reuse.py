@@ -89,6 +89,18 @@ def test_a_warm_start_comes_just_before_the_first_run_that_needs_it():
     assert queue.waiting == []
 
 
+def test_a_start_that_is_made_sooner_is_used_sooner():
+    there = set()
+    cells = study().cells()
+    queue = Queue(cells, there.__contains__)
+    taken(queue, 2)
+    second = next(cell for cell in cells if cell.seed == 1)
+    there.add(second.start_key)
+    assert taken(queue, 2) == [(1, "calm", "cppo"), (1, "calm", "grpo")]
+    gone = [(1, "calm", "cppo"), (1, "calm", "grpo")]
+    assert queue.waiting == [cell for cell in cells if (cell.seed, cell.setting, cell.arm) not in gone]
+
+
 def test_nothing_is_to_be_done_while_all_wait_for_a_start_under_way():
     cells = [cell for cell in study().cells() if cell.seed == 0]
     queue = Queue(cells, lambda key: False)
