@@ -27,7 +27,7 @@ PICTURES = {
         ("long drift", "Held-out accuracy"), ("long drift", "Every seed"),
         ("noise 1", "Held-out accuracy"), ("noise 1", "Every seed"),
     ]),
-    "staleness": ("final", [("", "Accuracy"), ("", "Drift")]),
+    "staleness": ("area", [("", "Accuracy"), ("", "Drift")]),
     "mismatch": ("final", [("", "Accuracy"), ("", "Masked")]),
     "mild": ("final", [
         ("short mild", "Held-out accuracy"), ("short mild", "Every seed"),
