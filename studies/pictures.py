@@ -36,8 +36,7 @@ PICTURES = {
     ]),
     "scale": ("final", [
         ("short, 1M", "Held-out accuracy"), ("short, 1M", "Every seed"),
-        ("tail, 1M", "Held-out accuracy"), ("tail, 1M", "Every seed"),
-        ("short, 5M", "Held-out accuracy"), ("short, 5M", "Every seed"),
+        ("short, 1M, half the rate", "Held-out accuracy"), ("short, 1M, half the rate", "Every seed"),
     ]),
     "ablations": ("area", [
         ("", "short drift: cppo less each arm"), ("", "tail drift: cppo less each arm"),

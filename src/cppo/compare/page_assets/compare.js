@@ -234,8 +234,10 @@ function alongAxis(value, title, bounds, log) {
   };
 }
 
-const MEAN_CAPTION =
-  `Mean over ${study.seeds.length} seeds; 95 % interval, drawn for up to ${MOST_BANDS} arms at a time.`;
+function meanCaption(found) {
+  const seeds = Math.max(...found.flatMap((setting) => Object.values(setting.arms).map((arm) => arm.seeds.length)));
+  return `Mean over ${seeds} seeds; 95 % interval, drawn for up to ${MOST_BANDS} arms at a time.`;
+}
 
 function height(setting) {
   return 90 + 30 * Object.keys(setting.arms).length;
@@ -246,7 +248,7 @@ function showPictures() {
     byId("axis").hidden = false;
     byId("axis-title").textContent = `Along ${study.axis}`;
     const parent = byId("axis-pictures");
-    picture(parent, "Accuracy", MEAN_CAPTION, () =>
+    picture(parent, "Accuracy", meanCaption(settings.map(([, setting]) => setting)), () =>
       alongAxis((arm) => arm.scores[kind()].mean, SCORE_TITLES[kind()], (arm) => arm.scores[kind()].mean_interval));
     picture(parent, "Drift", "Mean |pi - mu| of the sampled tokens.", () =>
       alongAxis((arm) => arm.stability.gap, "drift", null, true));
@@ -260,7 +262,7 @@ function showPictures() {
     );
     const parent = make("div", { class: "pictures" });
     byId("curves").append(make("h3", {}, name), parent);
-    picture(parent, "Held-out accuracy", MEAN_CAPTION, () => accuracy(setting));
+    picture(parent, "Held-out accuracy", meanCaption([setting]), () => accuracy(setting));
     picture(parent, "Every seed", "A dot a seed; diamond: the mean, 95 % interval.", () => seedDots(setting), height(setting));
     for (const [key, title, log] of [
       ["gap", "Drift: mean |pi - mu|", true],
