@@ -31,7 +31,11 @@ def main(folder: str, reference: str, *settings: str) -> None:
     rows = {(row["arm"], row["setting"], row["seed"]): row for row in ResultFolder(Path(folder)).rows()}
     arms = list(dict.fromkeys(arm for arm, setting, _ in rows if setting in settings))
     seeds = sorted({seed for _, setting, seed in rows if setting in settings})
-    if missing := [(a, s, n) for a in arms for s in settings for n in seeds if (a, s, n) not in rows] or not arms:
+    known = {setting: None for _, setting, _ in rows}
+    for setting in settings:
+        if setting not in known:
+            sys.exit(f"{setting}: expected one of {', '.join(known) or 'the settings of a study that was run'}")
+    if missing := [(a, s, n) for a in arms for s in settings for n in seeds if (a, s, n) not in rows]:
         sys.exit(f"{folder}: expected every arm and seed in each of {', '.join(settings)}; not there: {missing}")
     if reference not in arms:
         sys.exit(f"{reference}: expected one of {', '.join(arms)}")

@@ -117,6 +117,7 @@ def test_many_arms_of_one_method_have_a_colour_each_and_no_bands(show):
     assert len(set(drawn["lines"].values())) == 9
     assert drawn["bands"] == 0
     for name in ("b 7", "b 8", "b 9"):
+        assert drawn_lines(page)["bands"] == 0
         page.get_by_label(name, exact=True).uncheck()
     assert drawn_lines(page)["bands"] == 6
 

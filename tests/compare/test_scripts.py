@@ -38,9 +38,20 @@ def test_own_rate_prints_differences_of_what_was_chosen(tmp_path, capsys):
     assert "| grpo | 0.700 | +0.000 [+0.000, +0.000] | wild: 4 |" in printed
 
 
+def test_own_rate_refuses_a_study_that_lacks_a_run(tmp_path):
+    folder = ResultFolder(tmp_path)
+    for cell in study().cells()[:-1]:
+        folder.append(line(cell, [0.2, 0.7]))
+    with pytest.raises(SystemExit, match=r"not there: \[\('none', 'wild', 3\)\]"):
+        script("own_rate").main(str(tmp_path), "cppo", "calm", "wild")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("other", "calm", "wild"), "other: expected one of cppo, grpo, none"), (("cppo", "calm", "odd"), "not there")],
+    [
+        (("other", "calm", "wild"), "other: expected one of cppo, grpo, none"),
+        (("cppo", "calm", "odd"), "odd: expected one of calm, wild"),
+    ],
 )
 def test_own_rate_refuses_what_is_not_there(tmp_path, arguments, message):
     folder = ResultFolder(tmp_path)
