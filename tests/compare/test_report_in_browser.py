@@ -72,7 +72,10 @@ def test_arms_after_a_search_can_be_looked_at_alone(show):
     page = show(analyse(plan, Rows(lines(plan.cells(chosen), lambda cell: [0.2, 0.5])), chosen, {}))
     legend = page.locator("#curves .legend").first
     assert legend.locator("li").all_inner_texts() == ["cppo", "grpo", "none", "cppo (searched)", "grpo (searched)"]
+    title = page.locator("#differences h4").first
+    assert title.inner_text() == "calm: cppo or cppo (searched) less each arm"
     page.get_by_role("button", name="after the search").click()
+    assert title.inner_text() == "calm: cppo (searched) less each arm"
     assert legend.locator("li").all_inner_texts() == ["cppo (searched)", "grpo (searched)"]
     page.get_by_role("button", name="as given").click()
     assert legend.locator("li").all_inner_texts() == ["cppo", "grpo", "none"]

@@ -1,25 +1,19 @@
 """``studies/blame.py``: the push on right and on wrong sums, by hand."""
 
-import importlib.util
 import math
-import pathlib
 
 import pytest
+from scripts import load_script
 
 from cppo.lab.config import RunConfig, dump_config
 from cppo.rollout_log import write_rollouts
 
 pytestmark = pytest.mark.train
 
-STUDIES = pathlib.Path(__file__).parents[2] / "studies"
-
 
 @pytest.fixture(scope="module")
 def blame():
-    spec = importlib.util.spec_from_file_location("blame", STUDIES / "blame.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("blame")
 
 
 def response(text, advantage, logp, rollout_logp):

@@ -157,18 +157,20 @@ function compared(setting) {
     .filter(([, difference]) => difference && difference.interval);
 }
 
-// Reference less arm, a row an arm. The axis is the same in every setting: side by side a small effect looks small.
+// Reference less arm, a row an arm; searched arms have the searched reference. The axis is the same in every setting:
+// side by side a small effect looks small.
 function differences(setting, name) {
   const found = compared(setting);
   const ends = settings.flatMap(([, other]) => compared(other).flatMap(([, { interval }]) => interval));
   const margin = 0.05 * (Math.max(0, ...ends) - Math.min(0, ...ends));
+  const references = [...new Set(found.map(([, difference]) => difference.reference))];
   return {
     traces: found.map(([arm, difference]) => ({
       type: "scatter",
       mode: "markers",
       x: [difference.mean],
       y: [plain(arm)],
-      hovertemplate: `%{x:.3f}, ${difference.pairs} pairs<extra></extra>`,
+      hovertemplate: `${plain(difference.reference)} less this: %{x:.3f}, ${difference.pairs} pairs<extra></extra>`,
       marker: { color: hue(arm), size: 10 },
       error_x: {
         type: "data",
@@ -178,7 +180,7 @@ function differences(setting, name) {
         color: hue(arm),
       },
     })),
-    title: `${name}: ${study.reference} less each arm`,
+    title: `${name}: ${references.join(" or ") || study.reference} less each arm`,
     layout: {
       xaxis: titled(`difference, ${SCORE_TITLES[kind()]}`, {
         zeroline: true,
