@@ -8,7 +8,7 @@ import os
 import shutil
 import statistics
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -141,6 +141,10 @@ class Runner:
         bar = progress.add_task(title, total=len(cells), left="")
         queue = Queue(cells, lambda key: is_start(self._start(key)) or self._take_start(key))
         pending: dict[Future[Any], tuple[Cell, bool]] = {}  # the bool: its warm start, not the run
+
+        def unfinished() -> list[Cell]:
+            return [*queue.waiting, *(cell for cell, starting in pending.values() if not starting)]
+
         while queue.waiting or pending:
             while len(pending) < self._jobs and (task := queue.pop()):
                 pending[self._submit(pool, *task)] = task
@@ -157,17 +161,15 @@ class Runner:
                 except Exception as error:  # noqa: BLE001  one run's failure must not cost the others
                     ended = queue.lose(cell) if starting else ended
                     for one in ended:
-                        self._failed(one, error)
+                        self._failed(one, error, unfinished())
                 else:
-                    left = [*queue.waiting, *(c for c, of_start in pending.values() if not of_start)]
                     if starting:
                         queue.has_started(cell)
                     else:
                         self._folder.append(row)
                         self._seconds.setdefault(cell.setting, []).append(row["wall_seconds"])
-                        self._say(cell, f"{row['accuracy'][-1]:.3f}", left)
-                    progress.update(bar, left=self._left(left))
-                progress.update(bar, advance=len(ended))
+                        self._say(cell, f"{row['accuracy'][-1]:.3f}", unfinished())
+                progress.update(bar, advance=len(ended), left=self._left(unfinished()))
         progress.remove_task(bar)
 
     def _submit(self, pool: ProcessPoolExecutor, cell: Cell, starting: bool) -> Future[Any]:
@@ -177,19 +179,20 @@ class Runner:
             return pool.submit(make_cell_start, cell.config, path)
         return pool.submit(run_cell, cell, path, self._folder.runs, keep=self._keep)
 
-    def _failed(self, cell: Cell, error: Exception) -> None:
+    def _failed(self, cell: Cell, error: Exception, left: Sequence[Cell]) -> None:
         name = f"{cell.setting} / {cell.arm} / seed {cell.seed}"
         self.failed.append(f"{name}: {type(error).__name__}: {error}")
         self._folder.fail({"key": cell.key, "cell": name, "error": "".join(traceback.format_exception(error))})
-        self._say(cell, f"failed: {type(error).__name__}", ())
+        self._say(cell, f"failed: {type(error).__name__}", left)
 
-    def _say(self, cell: Cell, outcome: str, left: Sized) -> None:
+    def _say(self, cell: Cell, outcome: str, left: Sequence[Cell]) -> None:
         """Print a line where there is no bar, as in a log."""
         if not self._quiet and not self._console.is_terminal:
-            line = f"{cell.setting} / {cell.arm} / seed {cell.seed}: {outcome}  ({len(left)} runs left)"
+            time = f", {estimate}" if (estimate := self._left(left)) else ""
+            line = f"{cell.setting} / {cell.arm} / seed {cell.seed}: {outcome}  ({len(left)} to go{time})"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _left(self, cells: list[Cell]) -> str:
+    def _left(self, cells: Sequence[Cell]) -> str:
         """Return the time that the remaining runs will take, from those that have ended."""
         everything = [second for seconds in self._seconds.values() for second in seconds]
         if not everything or not cells:
