@@ -1376,6 +1376,13 @@ MUTANTS = [
             "self._folder.append(row)",
         ),
         ("comparison: the last of the others", "for rows in others if", "for rows in reversed(others) if"),
+        ("comparison: another start is not said", "if accuracy != before:", "if False:"),
+        ("comparison: another start is said of each run", "self._began[place] = accuracy\n", "pass\n"),
+        (
+            "comparison: nothing is left after a failure",
+            "for one in ended:\n                        self._failed(one, error, unfinished())",
+            "for one in ended:\n                        self._failed(one, error, cells)",
+        ),
         ("comparison: a start made twice", "if cell.start_key not in self._asked:", "if True:"),
         ("comparison: the first cell, ready or not", "self.waiting.pop(place), False", "self.waiting.pop(0), False"),
         ("comparison: a start never asked for again", "self._asked.discard(cell.start_key)", "pass"),

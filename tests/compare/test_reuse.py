@@ -1,5 +1,8 @@
 """What a study runs next, and what it takes from others instead of running it; no process is started here."""
 
+import io
+from concurrent.futures import Future
+
 import pytest
 from rich.console import Console
 from rows import CONTENT, line, study
@@ -115,3 +118,68 @@ def test_a_pretrained_model_has_no_warm_start():
     plan = study(base={"epochs": 4, "rollouts": 2, "model": "some/folder"})
     queue = Queue(plan.cells(), lambda key: False)
     assert taken(queue, 1) == [(0, "calm", "cppo")]
+
+
+class HerePool:
+    """A pool of processes that does each task at once, here."""
+
+    def __init__(self, *arguments, **named):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, task, *arguments, **named):
+        future = Future()
+        try:
+            future.set_result(task(*arguments, **named))
+        except RuntimeError as error:
+            future.set_exception(error)
+        return future
+
+
+def write_start(config, path):
+    path.mkdir(parents=True)
+    (path / "model.safetensors").touch()
+
+
+def log_of(monkeypatch, folder, plan, run_cell, **named):
+    """What a runner prints that has no terminal, where a run is ``run_cell(cell)``."""
+    log = io.StringIO()
+    monkeypatch.setattr(module, "ProcessPoolExecutor", HerePool)
+    monkeypatch.setattr(module, "run_cell", lambda cell, start, runs, *, keep: run_cell(cell))
+    monkeypatch.setattr(module, "make_cell_start", write_start)
+    Runner(folder, 1, Console(file=log), keep=False, **named).run("t", plan.cells())
+    return [entry for entry in log.getvalue().splitlines() if " / " in entry]
+
+
+def test_a_log_says_what_ended_and_how_long_the_rest_takes(monkeypatch, tmp_path):
+    def run_cell(cell):
+        if (cell.arm, cell.seed) == ("grpo", 1):
+            raise RuntimeError("made up")
+        return line(cell, [0.2, 0.5], wall_seconds=3600.0)
+
+    plan = study(seeds={"first": 0, "count": 2}, settings={"calm": {}})
+    assert log_of(monkeypatch, folder_of(tmp_path / "own", [], 0.0), plan, run_cell, quiet=False) == [
+        "calm / cppo / seed 0: 0.500  (5 to go, about 5 h 0 min left)",
+        "calm / grpo / seed 0: 0.500  (4 to go, about 4 h 0 min left)",
+        "calm / none / seed 0: 0.500  (3 to go, about 3 h 0 min left)",
+        "calm / cppo / seed 1: 0.500  (2 to go, about 2 h 0 min left)",
+        "calm / grpo / seed 1: failed: RuntimeError  (1 to go, about 1 h 0 min left)",
+        "calm / none / seed 1: 0.500  (0 to go)",
+    ]
+
+
+def test_a_seed_that_begins_elsewhere_is_named_once_and_also_where_all_is_quiet(monkeypatch, tmp_path):
+    plan = study(seeds={"first": 0, "count": 2})
+    folder = folder_of(tmp_path / "own", [c for c in plan.cells() if c.arm == "cppo" and c.setting == "calm"], 0.5)
+
+    def run_cell(cell):
+        return line(cell, [0.3 if cell.seed == 1 else 0.2, 0.5])
+
+    [warning] = log_of(monkeypatch, folder, plan, run_cell, quiet=True)
+    assert warning.startswith("calm / seed 1: its warm start was made again and begins at 0.300, where the runs that ")
+    assert " began at 0.200: " in warning

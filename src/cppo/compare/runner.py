@@ -85,6 +85,7 @@ class Runner:
         self._folder, self._jobs, self._keep = folder, jobs, keep
         self._console, self._quiet, self._reuse = console, quiet, reuse
         self._seconds: dict[str, list[float]] = {}
+        self._began: dict[tuple[str, int], float] = {}
         self.failed: list[str] = []
 
     def run(self, title: str, cells: Iterable[Cell]) -> None:
@@ -99,7 +100,9 @@ class Runner:
         self._seconds = {}
         for row in rows:
             self._seconds.setdefault(row["setting"], []).append(row["wall_seconds"])
-        missing = list({cell.key: cell for cell in cells if rows.of(cell) is None}.values())
+        found = [(cell, rows.of(cell)) for cell in cells]
+        self._began = {(cell.setting, cell.seed): row["accuracy"][0] for cell, row in found if row is not None}
+        missing = list({cell.key: cell for cell, row in found if row is None}.values())
         if not missing:
             return
         with (
@@ -168,6 +171,7 @@ class Runner:
                     else:
                         self._folder.append(row)
                         self._seconds.setdefault(cell.setting, []).append(row["wall_seconds"])
+                        self._check_start(cell, row["accuracy"][0])
                         self._say(cell, f"{row['accuracy'][-1]:.3f}", unfinished())
                 progress.update(bar, advance=len(ended), left=self._left(unfinished()))
         progress.remove_task(bar)
@@ -184,6 +188,19 @@ class Runner:
         self.failed.append(f"{name}: {type(error).__name__}: {error}")
         self._folder.fail({"key": cell.key, "cell": name, "error": "".join(traceback.format_exception(error))})
         self._say(cell, f"failed: {type(error).__name__}", left)
+
+    def _check_start(self, cell: Cell, accuracy: float) -> None:
+        """Say at once that a seed's runs are no pairs, and not hours later in the tables; once a seed."""
+        place = (cell.setting, cell.seed)
+        before = self._began.setdefault(place, accuracy)
+        if accuracy != before:
+            self._began[place] = accuracy
+            self._console.print(
+                f"{cell.setting} / seed {cell.seed}: its warm start was made again and begins at {accuracy:.3f}, where "
+                f"the runs that are there began at {before:.3f}: this machine's arithmetic or versions differ, and the "
+                "arms of this seed are not paired. Expected a study's runs to come from one kind of machine",
+                style="yellow", markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
 
     def _say(self, cell: Cell, outcome: str, left: Sequence[Cell]) -> None:
         """Print a line where there is no bar, as in a log."""
