@@ -24,8 +24,17 @@ def test_own_rate_prints_differences_of_what_was_chosen(tmp_path, capsys):
         folder.append(line(cell, [0.2, 0.7 if (cell.arm == "cppo") == (cell.setting == "calm") else 0.4]))
     load_script("own_rate").main(str(tmp_path), "cppo", "calm", "wild")
     printed = capsys.readouterr().out
-    assert "| cppo | 0.700 | - | calm: 4 |" in printed
-    assert "| grpo | 0.700 | +0.000 [+0.000, +0.000] | wild: 4 |" in printed
+    assert "| cppo | 0.700 | - | calm: 4 | calm | 0.700 | - |" in printed
+    assert "| grpo | 0.700 | +0.000 [+0.000, +0.000] | wild: 4 | wild | 0.700 | +0.000 [+0.000, +0.000] |" in printed
+
+
+def test_own_rate_says_too_little_of_settings_that_are_level_and_the_other_column_does_not(tmp_path, capsys):
+    folder = ResultFolder(tmp_path)
+    for cell in study().cells():
+        good = (cell.seed % 2 == 0) == (cell.setting == "calm")  # each seed does better in a setting of its own
+        folder.append(line(cell, [0.2, 0.9 if good else 0.5 + 0.1 * (cell.setting == "wild")]))
+    load_script("own_rate").main(str(tmp_path), "cppo", "calm", "wild")
+    assert "| none | 0.550 | +0.000 [+0.000, +0.000] | wild: 2, calm: 2 | wild | 0.750 | " in capsys.readouterr().out
 
 
 def test_own_rate_refuses_a_study_that_lacks_a_run(tmp_path):
