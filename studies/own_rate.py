@@ -43,27 +43,30 @@ def main(folder: str, reference: str, *settings: str) -> None:
     if reference not in arms:
         sys.exit(f"{reference}: expected one of {', '.join(arms)}")
     for kind in ("final", "area"):
-        found = {}
+        one_left_out, by_all, chosen, best = {}, {}, {}, {}
         for arm in arms:
             score = np.array([[SCORES[kind](rows[arm, s, n]) for n in seeds] for s in settings])
-            best = int(score.mean(1).argmax())
-            found[arm] = *at_its_best(score), score[best], best
+            one_left_out[arm], chosen[arm] = at_its_best(score)
+            best[arm] = int(score.mean(1).argmax())
+            by_all[arm] = score[best[arm]]
         print(
             f"\n| {kind} | mean | {reference} less arm | chosen, for how many seeds "
             f"| chosen by all seeds | mean | {reference} less arm |\n|---|---|---|---|---|---|---|"
         )
-        for arm, (values, chosen, at_best, best) in found.items():
-            picked = ", ".join(f"{settings[i]}: {n}" for i, n in collections.Counter(chosen).most_common())
-            versus = ["-" if arm == reference else _signed(found[reference][i] - found[arm][i]) for i in (0, 2)]
+        for arm in arms:
+            picked = ", ".join(f"{settings[i]}: {n}" for i, n in collections.Counter(chosen[arm]).most_common())
             print(
-                f"| {arm} | {values.mean():.3f} | {versus[0]} | {picked} "
-                f"| {settings[best]} | {at_best.mean():.3f} | {versus[1]} |"
+                f"| {arm} | {_against(one_left_out, reference, arm)} | {picked} "
+                f"| {settings[best[arm]]} | {_against(by_all, reference, arm)} |"
             )
 
 
-def _signed(difference: Values) -> str:
+def _against(found: dict[str, Values], reference: str, arm: str) -> str:
+    """Return two columns: an arm's mean, and the reference less the arm."""
+    difference = found[reference] - found[arm]
     low, high = interval(difference[None], mean) or (np.nan, np.nan)
-    return f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+    versus = "-" if arm == reference else f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{found[arm].mean():.3f} | {versus}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """recipes/data.py on small made-up files of the published forms."""
 
-import importlib.util
 import json
 import pathlib
 import subprocess
@@ -10,11 +9,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from scripts import load_script
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "recipes" / "data.py"
-spec = importlib.util.spec_from_file_location("recipes_data", SCRIPT)
-data = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(data)
+data = load_script("recipes/data.py")
 
 pytestmark = pytest.mark.train
 

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 import yaml
+from scripts import load_script
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig
@@ -115,9 +116,7 @@ def small(tmp_path, scripts):
     model = tmp_path / "model"
     Qwen3ForCausalLM(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    spec = importlib.util.spec_from_file_location("recipes_data", RECIPES / "data.py")
-    data = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(data)
+    data = load_script("recipes/data.py")
     for name in data.SETS:
         rows = [{"problem": f"{name} {number}", "answer": number} for number in range(8)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))

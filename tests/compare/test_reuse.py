@@ -1,4 +1,4 @@
-"""What a study runs next, and what it takes from others instead of running it; no process is started here."""
+"""What a study runs next, what it takes from others instead, and what its log says; no process is started here."""
 
 import io
 from concurrent.futures import Future

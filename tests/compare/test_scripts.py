@@ -12,7 +12,7 @@ pytestmark = pytest.mark.train
 
 def test_a_seed_is_scored_where_the_others_do_best():
     scores = np.array([[0.9, 0.5, 0.5, 0.5], [0.1, 0.6, 0.6, 0.6]])
-    values, chosen = load_script("own_rate").at_its_best(scores)
+    values, chosen = load_script("studies/own_rate.py").at_its_best(scores)
     # Without seed 0 the second setting is better, without one of the others the first: 1.9 against 1.3.
     assert chosen == [1, 0, 0, 0]
     assert values.tolist() == [0.1, 0.5, 0.5, 0.5]
@@ -22,7 +22,7 @@ def test_own_rate_prints_differences_of_what_was_chosen(tmp_path, capsys):
     folder = ResultFolder(tmp_path)
     for cell in study().cells():
         folder.append(line(cell, [0.2, 0.7 if (cell.arm == "cppo") == (cell.setting == "calm") else 0.4]))
-    load_script("own_rate").main(str(tmp_path), "cppo", "calm", "wild")
+    load_script("studies/own_rate.py").main(str(tmp_path), "cppo", "calm", "wild")
     printed = capsys.readouterr().out
     assert "| cppo | 0.700 | - | calm: 4 | calm | 0.700 | - |" in printed
     assert "| grpo | 0.700 | +0.000 [+0.000, +0.000] | wild: 4 | wild | 0.700 | +0.000 [+0.000, +0.000] |" in printed
@@ -33,7 +33,7 @@ def test_own_rate_says_too_little_of_settings_that_are_level_and_the_other_colum
     for cell in study().cells():
         good = (cell.seed % 2 == 0) == (cell.setting == "calm")  # each seed does better in a setting of its own
         folder.append(line(cell, [0.2, 0.9 if good else 0.5 + 0.1 * (cell.setting == "wild")]))
-    load_script("own_rate").main(str(tmp_path), "cppo", "calm", "wild")
+    load_script("studies/own_rate.py").main(str(tmp_path), "cppo", "calm", "wild")
     assert "| none | 0.550 | +0.000 [+0.000, +0.000] | wild: 2, calm: 2 | wild | 0.750 | " in capsys.readouterr().out
 
 
@@ -42,7 +42,7 @@ def test_own_rate_refuses_a_study_that_lacks_a_run(tmp_path):
     for cell in study().cells()[:-1]:
         folder.append(line(cell, [0.2, 0.7]))
     with pytest.raises(SystemExit, match=r"not there: \[\('none', 'wild', 3\)\]"):
-        load_script("own_rate").main(str(tmp_path), "cppo", "calm", "wild")
+        load_script("studies/own_rate.py").main(str(tmp_path), "cppo", "calm", "wild")
 
 
 @pytest.mark.parametrize(
@@ -57,11 +57,11 @@ def test_own_rate_refuses_what_is_not_there(tmp_path, arguments, message):
     for cell in study().cells():
         folder.append(line(cell, [0.2, 0.7]))
     with pytest.raises(SystemExit, match=message):
-        load_script("own_rate").main(str(tmp_path), *arguments)
+        load_script("studies/own_rate.py").main(str(tmp_path), *arguments)
 
 
 def test_repeats_pairs_lines_of_one_run_with_other_numbers(tmp_path, capsys, monkeypatch):
-    module = load_script("repeats")
+    module = load_script("studies/repeats.py")
     monkeypatch.setattr(module, "STUDIES", tmp_path)
     cells = [cell for cell in study(seeds={"first": 0, "count": 6}).cells() if cell.setting == "calm"]
     for name, shift in (("one", 0.0), ("two", 0.1), ("three", 0.1)):  # the last repeats the second to the last digit

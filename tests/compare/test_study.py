@@ -187,6 +187,12 @@ def test_every_study_of_the_repository_is_whole(pytestconfig):
         assert load_study(file).cells()
 
 
+def test_the_seeds_that_are_pooled_were_all_run(pytestconfig):
+    plan = load_study(pytestconfig.rootpath / "studies" / "pooled.yaml")
+    there = [ResultFolder(pytestconfig.rootpath / "docs" / "studies" / name).rows() for name in ("scale", "parts")]
+    assert all(sum(rows.of(cell) is not None for rows in there) == 1 for cell in plan.cells())
+
+
 def test_the_committed_lines_belong_to_their_studies(pytestconfig):
     folders = [path.parent for path in (pytestconfig.rootpath / "docs" / "studies").glob("*/results.jsonl")]
     assert folders

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.train
 
 @pytest.fixture(scope="module")
 def blame():
-    return load_script("blame")
+    return load_script("studies/blame.py")
 
 
 def response(text, advantage, logp, rollout_logp):

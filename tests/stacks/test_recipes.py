@@ -1,7 +1,6 @@
 """recipes/verl: every setting with every method, composed with verl's ppo_trainer.yaml and judged by its own checks."""
 
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -14,6 +13,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from scripts import load_script
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
@@ -270,9 +270,7 @@ def test_the_cispo_here_has_the_gradient_of_verls_own():
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """What recipes/data.py writes, of small sets in their published forms."""
-    spec = importlib.util.spec_from_file_location("recipes_data", RECIPES / "data.py")
-    data = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(data)
+    data = load_script("recipes/data.py")
     folder = tmp_path_factory.mktemp("recipes")
     words = ["--out", str(folder / "data")]
     for name in data.SETS:

@@ -170,7 +170,8 @@ function differences(setting, name) {
       mode: "markers",
       x: [difference.mean],
       y: [plain(arm)],
-      hovertemplate: `${plain(difference.reference)} less this: %{x:.3f}, ${difference.pairs} pairs<extra></extra>`,
+      text: [plain(difference.reference)],
+      hovertemplate: `%{text} less this: %{x:.3f}, ${difference.pairs} pairs<extra></extra>`,
       marker: { color: hue(arm), size: 10 },
       error_x: {
         type: "data",
