@@ -20,6 +20,7 @@ import numpy as np
 from cppo.compare.estimates import Values, interval, mean
 from cppo.compare.results import ResultFolder
 from cppo.compare.scores import SCORES
+from cppo.compare.study import load_study
 
 
 def at_its_best(scores: Values) -> tuple[Values, list[int]]:
@@ -31,13 +32,13 @@ def at_its_best(scores: Values) -> tuple[Values, list[int]]:
 
 def main(folder: str, reference: str, *settings: str) -> None:
     """Print a table a score."""
-    rows = {(row["arm"], row["setting"], row["seed"]): row for row in ResultFolder(Path(folder)).rows()}
-    arms = list(dict.fromkeys(arm for arm, setting, _ in rows if setting in settings))
-    seeds = sorted({seed for _, setting, seed in rows if setting in settings})
-    known = {setting: None for _, setting, _ in rows}
+    results = ResultFolder(Path(folder))
+    study, lines = load_study(results.study), results.rows()
+    rows = {(c.arm, c.setting, c.seed): row for c in study.cells() if (row := lines.of(c)) is not None}
+    arms, seeds = list(study.arms), study.seeds
     for setting in settings:
-        if setting not in known:
-            sys.exit(f"{setting}: expected one of {', '.join(known) or 'the settings of a study that was run'}")
+        if setting not in study.settings:
+            sys.exit(f"{setting}: expected one of {', '.join(study.settings)}")
     if missing := [(a, s, n) for a in arms for s in settings for n in seeds if (a, s, n) not in rows]:
         sys.exit(f"{folder}: expected every arm and seed in each of {', '.join(settings)}; not there: {missing}")
     if reference not in arms:

@@ -31,17 +31,19 @@ def main() -> None:
         if len(runs) > 1:
             one, two, *_ = runs.values()
             config = one["config"]
-            what = one["method"], config["task"], config["learning_rate"], config["epochs"], config["sampler_noise"]
+            names = ("task", "model", "learning_rate", "epochs", "sampler_noise")
+            what = one["method"], *(config[name] for name in names)
             pairs[what].append((one, two))
     print("| method | task | learning rate | pairs | last: deviation, correlation | area |\n|---|---|---|---|---|---|")
-    for (method, task, rate, epochs, noise), found in sorted(pairs.items()):
+    for (method, task, model, rate, epochs, noise), found in sorted(pairs.items()):
         if len(found) < FEWEST:
             continue
         cells = []
         for kind in ("final", "area"):
             x, y = np.array([[SCORES[kind](row) for row in pair] for pair in found]).T
             cells.append(f"{(x - y).std(ddof=1):.3f}, {np.corrcoef(x, y)[0, 1]:+.2f}")
-        print(f"| {method} | {task}, {epochs} epochs, noise {noise} | {rate:g} | {len(found)} | {' | '.join(cells)} |")
+        setting = f"{task}, {model}, {epochs} epochs, noise {noise}"
+        print(f"| {method} | {setting} | {rate:g} | {len(found)} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

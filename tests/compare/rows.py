@@ -4,7 +4,7 @@ from cppo.compare.study import make_study
 
 CONTENT = {
     "title": "made up",
-    "seeds": {"first": 0, "count": 4},
+    "seeds": {"first": 0, "count": 6},
     "base": {"epochs": 4, "rollouts": 2},
     "settings": {"calm": {"learning_rate": 1e-4}, "wild": {"learning_rate": 1e-3, "epochs": 3}},
     "arms": {"cppo": "cppo", "grpo": {"method": "grpo"}, "none": {"method": "policy_gradient", "learning_rate": 2e-4}},

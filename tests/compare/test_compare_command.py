@@ -87,7 +87,7 @@ def test_the_built_in_study_is_whole(pytestconfig):
         (["--method", "cppo", "--set", "epochs=["], "--set 'epochs=[': expected a value as in YAML"),
         (["--method", "cppo", "--method", "cppo"], "--method: expected methods that differ"),
         (["--method", "clip"], "clip"),
-        (["made-up", "--score", "last"], "--score 'last': expected final, best or area"),
+        (["made-up", "--score", "last"], "--score 'last': expected one of final, best, area"),
         (["made-up", "--into", "there"], "--into there: expected none with the folder made-up"),
         (["made-up", "--report-only", "--reference", "ppo"], "reference='ppo': expected one of the arms"),
         (["--quick", "--into", "made-up"], "made-up: holds another study"),
@@ -110,4 +110,4 @@ def test_a_line_that_is_no_run_is_named(finished):
         file.write("[1]\n")
     done = compare(finished, "--report-only", cwd=finished.parent)
     assert done.returncode != 0
-    assert "results.jsonl, line 25: expected a JSON object with key, setting" in done.stderr
+    assert "results.jsonl, line 37: expected a JSON object with key, setting" in done.stderr

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cppo.compare.estimates import (
+    FEWEST,
     holm,
     improvement,
     interquartile_mean,
@@ -72,7 +73,7 @@ def test_a_seed_is_drawn_with_all_its_settings():
     )  # and a setting that repeats the other adds nothing
 
 
-@pytest.mark.parametrize(("seeds", "least"), [(5, 0.90), (10, 0.91), (20, 0.91)])
+@pytest.mark.parametrize(("seeds", "least"), [(FEWEST, 0.90), (10, 0.91), (20, 0.91)])
 def test_intervals_cover_about_what_they_say(seeds, least):
     dice = np.random.default_rng(3)
     covered = 0
@@ -83,10 +84,10 @@ def test_intervals_cover_about_what_they_say(seeds, least):
 
 
 def test_too_few_seeds_have_no_interval():
-    one, three = np.array([[0.5]]), np.array([[0.5, 0.6, 0.9]])
+    one, five = np.array([[0.5]]), np.array([[0.5, 0.6, 0.9, 0.7, 0.8]])
     assert interval(one, mean) is None
-    assert interval(three, mean) is None
-    assert interval(np.array([[0.5, 0.6, 0.9, 0.7]]), mean) is not None
+    assert interval(five, mean) is None
+    assert interval(np.append(five, [[0.4]], axis=1), mean) is not None
     assert sign_flip_p(one[0]) is None
     assert improvement(one, one) == (0.5, None)
 
@@ -105,6 +106,9 @@ def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
     assert holm([]) == []
+    # The other three are not there yet: what stands counts as it would if they all came out larger.
+    assert holm([0.01, 0.04], tests=5) == pytest.approx([0.05, 0.16])
+    assert holm([0.01, 0.04], tests=1) == pytest.approx([0.02, 0.04])
 
 
 def test_seeds_needed_is_what_a_normal_test_needs():

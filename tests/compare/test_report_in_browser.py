@@ -47,16 +47,16 @@ def test_the_page_shows_the_documents_numbers_and_follows_the_choice_of_score(sh
     plan = study()
     page = show(analyse(plan, Rows(lines(plan.cells(), accuracy)), {}, {}))
     assert page.locator("h1").inner_text() == "made up"
-    assert page.locator("#about").inner_text().startswith("24 runs, 0.24 CPU hours. Reference: cppo.")
+    assert page.locator("#about").inner_text().startswith("36 runs, 0.36 CPU hours. Reference: cppo.")
     rows = cells_of(page, "calm: final accuracy on held-out problems")
     assert [row[0] for row in rows] == ["cppo", "grpo", "none"]
-    assert rows[0][3].startswith("0.818 [")
+    assert rows[0][3].startswith("0.830 [")
     assert rows[1][7].startswith("+0.200 [")
     page.select_option("#kind", "best")
-    assert cells_of(page, "calm: best accuracy on held-out problems")[0][3].startswith("0.818 [")
+    assert cells_of(page, "calm: best accuracy on held-out problems")[0][3].startswith("0.830 [")
     page.select_option("#kind", "area")
-    # (0.6 + 0.02 s + 0.8 + 0.012 s) / 2 over the seeds 0 to 3
-    assert cells_of(page, "calm: area accuracy on held-out problems")[0][3].startswith("0.724 [")
+    # (0.6 + 0.02 s + 0.8 + 0.012 s) / 2 over the seeds 0 to 5
+    assert cells_of(page, "calm: area accuracy on held-out problems")[0][3].startswith("0.740 [")
     # A picture of differences a setting, and eight a setting below.
     assert page.locator(".plot").count() == 2 + 2 * 8
     assert page.locator("#axis").is_hidden()
@@ -153,6 +153,18 @@ def test_settings_on_an_axis_are_drawn_along_it(show):
     assert drawn[0]["bands"][0] == [[2, 8, 8, 2], pytest.approx([few[1], many[1], many[0], few[0]])]
 
 
+def test_places_whose_labels_would_touch_stand_evenly(show):
+    settings = {str(at): {"at": at, "sampler_noise": at} for at in (1, 0.05, 0, 0.2)}
+    plan = study(axis="noise", settings=settings)
+    page = show(analyse(plan, Rows(lines(plan.cells(), accuracy)), {}, {}))
+    axis = page.locator("#axis .plot").first.evaluate(
+        "p => [p._fullLayout.xaxis.tickvals, p._fullLayout.xaxis.ticktext]"
+    )
+    assert axis == [[0, 1, 2, 3], ["0", "0.05", "0.2", "1"]]
+    drawn = page.locator("#axis .plot").first.evaluate("p => p._fullData.filter(t => t.fill !== 'toself')[0].x")
+    assert drawn == [0, 1, 2, 3]
+
+
 def test_an_axis_from_nothing_is_linear(show):
     settings = {"none": {"at": 0}, "much": {"at": 8, "learning_rate": 1e-3}}
     plan = study(axis="noise", settings=settings)
@@ -160,14 +172,41 @@ def test_an_axis_from_nothing_is_linear(show):
     assert page.locator("#axis .plot").first.evaluate("plot => plot._fullLayout.xaxis.type") == "linear"
 
 
+def rows_of(page, picture):
+    return page.locator(picture).first.evaluate(
+        "p => ({labels: p._fullLayout.yaxis.ticktext, rows: p._fullData.filter(t => t.marker.symbol === 'diamond' "
+        "|| t.error_x.visible).map(t => t.y[0])})"
+    )
+
+
+def test_arms_keep_their_order_and_their_rows_whatever_they_are_called(show):
+    long = "cppo?" + "delta_b=0.001&" * 5
+    arms = {"10": "cppo", "2": "dppo", "constructor": "grpo", long + "a": "cispo", long + "b": "minpro"}
+    plan = study(arms=arms, reference="10")
+    gone = ("calm", "constructor")
+    found = lines([cell for cell in plan.cells() if (cell.setting, cell.arm) != gone], lambda cell: [0.2, 0.5])
+    page = show(analyse(plan, Rows(found), {}, {}))
+    shown = rows_of(page, "#differences .plot")
+    assert shown["rows"] == [0, 1, 2]
+    assert shown["labels"][0] == "2"
+    assert shown["labels"][1] == shown["labels"][2]  # both are cut
+    seeds = rows_of(page, "#curves figure:has(h4:text-is('Every seed')) .plot")
+    assert (seeds["rows"], seeds["labels"][:2]) == ([0, 1, 2, 3], ["10", "2"])
+    assert page.locator("#curves .legend").first.locator("li").all_inner_texts()[:2] == ["10", "2"]
+
+
 def test_names_that_are_markup_are_text(show):
     name = '<img src=x onerror="document.title=1"><script>document.title=2</script>'
-    plan = study(title=name, arms={name: "cppo", "grpo": "grpo"}, reference=name)
+    settings = {"calm": {"at": 1}, "wild": {"at": 2, "epochs": 3}}
+    axis = "<a href='https://example.org'>noise</a>"
+    plan = study(title=name, arms={name: "cppo", "grpo": "grpo"}, reference=name, settings=settings, axis=axis)
     page = show(analyse(plan, Rows(lines(plan.cells(), lambda cell: [0.2, 0.5])), {}, {}))
     assert page.locator("h1").inner_text() == name
     assert page.title() == name
     assert cells_of(page, "calm: final accuracy on held-out problems")[0][0] == name
     assert page.locator("img").count() == 0
+    assert page.locator("a").count() == page.locator("svg a").count() == 0
+    assert axis in page.locator("#axis .plot").first.text_content()
 
 
 @pytest.mark.parametrize("settings", [{"color_scheme": "dark"}, {"is_mobile": True, "has_touch": True}])

@@ -1,7 +1,9 @@
 """What a study runs next, what it takes from others instead, and what its log says; no process is started here."""
 
 import io
+import math
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from rich.console import Console
@@ -132,6 +134,9 @@ class HerePool:
     def __exit__(self, *error):
         pass
 
+    def shutdown(self, **named):
+        pass
+
     def submit(self, task, *arguments, **named):
         future = Future()
         try:
@@ -181,5 +186,65 @@ def test_a_seed_that_begins_elsewhere_is_named_once_and_also_where_all_is_quiet(
         return line(cell, [0.3 if cell.seed == 1 else 0.2, 0.5])
 
     [warning] = log_of(monkeypatch, folder, plan, run_cell, quiet=True)
-    assert warning.startswith("calm / seed 1: its warm start was made again and begins at 0.300, where the runs that ")
+    assert warning.startswith("calm / seed 1: its warm start is another one, and begins at 0.300, where the runs that ")
     assert " began at 0.200: " in warning
+
+
+def test_a_seed_that_is_taken_from_another_start_is_named_too(tmp_path, nothing_runs):
+    plan = study(settings={"calm": {}})
+    cells = plan.cells()
+    own = folder_of(tmp_path / "own", cells[:1], 0.5)
+    other = folder_of(tmp_path / "other", [], 0.5)
+    for cell in cells:
+        other.append(line(cell, [0.2, 0.5], start="a" if cell.seed != 2 or cell.arm == "cppo" else "b"))
+    log = io.StringIO()
+    Runner(own, 1, Console(file=log), keep=False, quiet=True, reuse=[other]).run("t", cells)
+    [warning] = log.getvalue().splitlines()
+    assert warning.startswith("calm / seed 2: its warm start is another one, and begins at 0.200, where ")
+
+
+def test_runs_that_ended_beside_a_process_that_died_are_kept(monkeypatch, tmp_path):
+    plan = study(seeds={"first": 0, "count": 1}, settings={"calm": {}})
+
+    class Pool(HerePool):
+        def submit(self, task, *arguments, **named):
+            future = super().submit(task, *arguments, **named)
+            if arguments and getattr(arguments[0], "arm", "") == "grpo":
+                future = Future()
+                future.set_exception(BrokenProcessPool())
+            return future
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(module, "run_cell", lambda cell, start, runs, *, keep: line(cell, [0.2, 0.5]))
+    monkeypatch.setattr(module, "make_cell_start", write_start)
+    folder = folder_of(tmp_path / "own", [], 0.0)
+    with pytest.raises(ValueError, match="a worker process died"):
+        Runner(folder, 4, Console(quiet=True), keep=False, quiet=True).run("t", plan.cells())
+    assert {row["arm"] for row in folder.rows()} == {"cppo", "none"}
+
+
+def test_what_a_killed_process_left_goes(tmp_path):
+    folder = folder_of(tmp_path / "own", [], 0.0)
+    folder.sweep()  # where nothing is there yet
+    for name in ("runs/.one", "starts/.two", "runs/kept", "starts/whole"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+    folder.sweep()
+    assert {path.name for part in (folder.runs, folder.starts) for path in part.iterdir()} == {"kept", "whole"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"key": ["a"]}, {"accuracy": []}, {"accuracy": [0.2]}, {"accuracy": [0.2, None]}, {"accuracy": [0.2, math.nan]},
+        {"accuracy": [0.2, 0.3], "rollout": [0, 0]}, {"accuracy": "ab"}, {"rollout": [0], "accuracy": [0.2]},
+        {"standard_error": [0.1]}, {"config": None}, {"versions": []}, {"curves": []}, {"curves": {"gap": 3}},
+        {"curves": {"gap": ["x"]}}, {"tail": None}, {"learning_rate": "1e-4"}, {"cpu_seconds": None}, {"arm": 3},
+        {"rollout": [0], "accuracy": [0.2], "standard_error": [0.1]},
+    ],
+)  # fmt: skip
+def test_a_line_that_was_edited_to_no_run_is_named(tmp_path, changes):
+    [cell, *_] = study().cells()
+    folder = folder_of(tmp_path / "own", [cell], 0.5)
+    folder.append(line(cell, [0.2, 0.5]) | changes)
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 2: expected a JSON object with key, setting"):
+        folder.rows()

@@ -254,12 +254,14 @@ def test_the_tail_is_the_top_tenth_of_the_tokens_in_the_loss(tmp_path):
 def test_kept_runs_can_be_inspected(tmp_path):
     from cppo.inspect.runs import inspect_runs
 
-    plan = make_study(TINY | {"seeds": {"first": 0, "count": 1}, "arms": {"cppo": TINY["arms"]["cppo"]}})
+    name = "a" * 240  # longer than a file system lets a folder's name be
+    arms = {"arms": {name: TINY["arms"]["cppo"]}, "reference": name}
+    plan = make_study(TINY | arms | {"seeds": {"first": 0, "count": 1}})
     folder = ResultFolder(tmp_path)
     run_study(plan, folder, runner(folder, keep=True))
     [cell] = plan.cells()
     [kept] = folder.runs.iterdir()
-    assert kept.name == f"default-cppo-seed0-{cell.key}"
+    assert kept.name == f"default-{'a' * 112}-{cell.key}"
     [found] = inspect_runs([kept])["runs"]
     assert found["tokens"] > 0
 
@@ -278,7 +280,9 @@ def test_a_search_runs_in_two_steps(tmp_path):
         },
     }  # fmt: skip
     folder, plan = ResultFolder(tmp_path), make_study(content)
+    folder.chosen.write_text("{}")  # of a study that was edited since
     assert chosen_of(plan, folder) == {}
+    assert not folder.chosen.exists()
     run_study(plan, folder, runner(folder))
     chosen = chosen_of(plan, folder)
     assert json.loads(folder.chosen.read_text()) == chosen

@@ -11,7 +11,7 @@ from rows import CONTENT, SEARCH, line, study
 from cppo.compare.results import ResultFolder
 from cppo.compare.scores import area
 from cppo.compare.search import choose, first_cells, second_cells, unfinished
-from cppo.compare.study import SEARCHED, Cell, Rows, load_study, make_study
+from cppo.compare.study import SEARCHED, Cell, Rows, load_study, make_study, same_start
 from cppo.lab.config import RunConfig
 
 pytestmark = pytest.mark.train
@@ -22,7 +22,7 @@ def test_cells_are_every_arm_in_every_setting_seed_by_seed():
     assert [(c.seed, c.setting, c.arm) for c in cells[:4]] == [
         (0, "calm", "cppo"), (0, "calm", "grpo"), (0, "calm", "none"), (0, "wild", "cppo")
     ]  # fmt: skip
-    assert len(cells) == len({cell.key for cell in cells}) == 4 * 2 * 3
+    assert len(cells) == len({cell.key for cell in cells}) == 6 * 2 * 3
     by_name = {(c.setting, c.arm): c.config for c in cells if c.seed == 0}
     assert by_name["wild", "grpo"].learning_rate == 1e-3
     assert by_name["wild", "none"].learning_rate == 2e-4
@@ -51,7 +51,7 @@ def test_arms_share_a_start_and_seeds_do_not():
     for cell in cells:
         starts.setdefault(cell.seed, set()).add(cell.start_key)
     assert all(len(keys) == 1 for keys in starts.values())
-    assert len(set.union(*starts.values())) == 4
+    assert len(set.union(*starts.values())) == 6
     config = RunConfig()
     key = Cell("a", "b", config).start_key
     for other in ({"task": "long_tail_sum"}, {"model": "tiny?width=32"}, {"warm_start_steps": 9}, {"seed": 1}):
@@ -91,7 +91,7 @@ def test_a_search_takes_the_best_rate_first_and_then_the_best_knob():
     assert len(chosen["calm"]["grpo"]["tried"]) == 3
     searched = [c for c in plan.cells(chosen) if c.arm.endswith(SEARCHED)]
     assert {c.arm for c in searched} == {"cppo (searched)", "grpo (searched)"}
-    assert {c.seed for c in searched} == {0, 1, 2, 3}
+    assert {c.seed for c in searched} == set(range(6))
     assert {c.config.learning_rate for c in searched if c.setting == "wild"} == {0.5e-3}
 
 
@@ -109,6 +109,22 @@ def test_a_line_that_was_run_with_other_defaults_is_not_taken():
     # A setting that the laboratory has learned since, or has lost, says nothing.
     assert Rows([row | {"config": {k: v for k, v in row["config"].items() if k != "certificate"}}]).of(cell)
     assert Rows([row | {"config": row["config"] | {"gone": 1}}]).of(cell)
+    # Nor of a method whose default was another then.
+    assert Rows([row | {"knobs": cell.knobs}]).of(cell)
+    assert Rows([row | {"knobs": cell.knobs | {"gone": 1}}]).of(cell)
+    assert cell.knobs["delta"] == 0.15
+    assert Rows([row | {"knobs": cell.knobs | {"delta": 0.3}}]).of(cell) is None
+
+
+def test_lines_are_of_one_start_if_its_hash_and_its_accuracy_are_the_same():
+    one = {"accuracy": [0.25, 0.5], "start": "a"}
+    assert same_start([])
+    assert same_start([one, one | {"accuracy": [0.25, 0.9]}])
+    assert not same_start([one, one | {"start": "b"}])
+    assert not same_start([one, one | {"accuracy": [0.26, 0.5]}])
+    older = {"accuracy": [0.25, 0.5]}  # without a hash
+    assert same_start([older, one, older | {"start": None}])
+    assert not same_start([older, {"accuracy": [0.26, 0.5]}])
 
 
 def test_numbers_are_the_same_however_they_are_written():
@@ -146,7 +162,12 @@ def changed(path, value):
         (("seeds",), [1, 2], r"seeds: expected names with values, got \[1, 2\]"),
         (("axis",), "updates", "axis='updates': expected a text, and `at: NUMBER` in every setting"),
         (("settings", "calm", "at"), "far", "settings: calm: at='far': expected a number"),
-        (("seeds",), {"count": 50_000}, "expected at most 100,000 runs"),
+        (("settings", "calm", "at"), 10**400, "settings: calm: at=1000+: expected a number$"),
+        (("settings", "calm", "at"), float("nan"), "settings: calm: at=nan: expected a number$"),
+        (("settings", "calm", "learning_rate"), 10**400, "setting 'calm', arm 'cppo': .*too large"),
+        (("seeds",), {"count": 50_000}, "expected at most 100,000 runs, got 500,"),
+        (("search", "seeds"), {"first": 100, "count": 90_000}, "expected at most 100,000 runs, got 1,080,060"),
+        (("search", "seeds"), {"first": 2**32 - 1, "count": 2}, "setting 'calm', arm 'cppo': seed=4294967296"),
         (("arms", "grpo"), {"method": "grpo", "rollouts": 3}, "arms: grpo: unknown 'rollouts'"),
         (("arms", "\x1b[31m"), "grpo", "expected printable text in one line"),
         (("settings", "a\nb"), {}, "expected printable text in one line"),
@@ -154,6 +175,9 @@ def changed(path, value):
         (("title",), "a\nb", "title: expected printable text in one line"),
         (("search", "knobs"), {"grpo": ["grpo?clip_low=0.1"]}, "expected the reference 'cppo' among the arms"),
         (("search", "knobs", "grpo"), ["grpo"], "expected methods that differ from each other and the arm's own"),
+        (("search", "knobs", "cppo"), ["cppo?delta=0.150"], "cppo: expected methods that differ from each other and"),
+        (("search", "factors"), [1, 0.5, 1.0], r"search: factors=\[1.0, 0.5, 1.0\]: expected numbers that differ"),
+        (("search", "factors"), [10**400], "search: factors=1000+: expected a number > 0"),
         (("surprise",), 1, "the study: unknown 'surprise'"),
         (("search", "seeds"), {"first": 3, "count": 5}, "search: seeds: 3 is reported too"),
         (("search", "factors"), [], r"search: factors=\[\]: expected a list of numbers"),
@@ -161,12 +185,20 @@ def changed(path, value):
         (("search", "knobs", "none"), [], "expected as many candidates for every arm"),
         (("search", "knobs", "ppo"), ["grpo"], "search: knobs: 'ppo' is no arm"),
         (("search", "knobs", "grpo"), "grpo", "search: knobs: grpo: expected a list of methods"),
-        (("search", "knobs", "grpo"), ["grpo?clip=1"], "setting 'calm', arm 'grpo': .*clip"),
+        (("search", "knobs", "grpo"), ["grpo?clip=1"], "search: knobs: grpo: grpo has no knob 'clip'"),
     ],
 )  # fmt: skip
 def test_a_wrong_study_is_told_so(path, value, message):
     with pytest.raises(ValueError, match=message):
         make_study(changed(path, value))
+
+
+def test_what_stands_in_an_axis_title_is_text():
+    settings = {"few": {"at": 2, "learning_rate": 1e-4}, "many": {"at": -8, "learning_rate": 1e-3}}
+    assert study(axis="noise", settings=settings).at == {"few": 2.0, "many": -8.0}
+    for axis in ("", "a\nb", "\x1b[31m"):
+        with pytest.raises(ValueError, match="axis: expected printable text in one line"):
+            study(axis=axis, settings=settings)
 
 
 def test_a_file_that_is_no_study_is_named(tmp_path):

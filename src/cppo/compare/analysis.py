@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cppo.compare.estimates import (
+    FEWEST,
     Values,
     holm,
     improvement,
@@ -20,7 +21,7 @@ from cppo.compare.estimates import (
     sign_flip_p,
 )
 from cppo.compare.scores import SCORES, Row, collapsed
-from cppo.compare.study import SEARCHED, Rows, Study
+from cppo.compare.study import SEARCHED, Rows, Study, same_start
 
 FORMAT = 1
 # Sizes of a difference for which the number of seeds is stated.
@@ -57,8 +58,12 @@ def analyse(
         "missing": sum(n for arms in without.values() for counts in arms.values() for n in counts.values()),
         "failed": sum(counts["failed"] for arms in without.values() for counts in arms.values()),
         "chosen": {setting: dict(arms) for setting, arms in chosen.items()},
+        # In the order of the study, which a browser does not keep where a name is a number.
+        "setting_names": list(settings),
+        "arm_names": [arm for arm in study.arm_names if any(arm in entry["arms"] for entry in settings.values())],
+        "not_begun": [name for name, arms in runs.items() if not arms],
         "settings": settings,
-        "overall": _overall(study, runs),
+        "overall": _overall(study, [arms for arms in runs.values() if arms]),
         "versions": _versions(used),
         "cpu_hours": round(sum(row["cpu_seconds"] for row in rows) / 3600, 3),
         "runs": len(rows),
@@ -91,16 +96,12 @@ def _setting(study: Study, arms: Arms) -> dict[str, Any]:
 
 
 def _unmatched(arms: Arms) -> list[int]:
-    """Return the seeds whose arms began from different starts.
-
-    The first evaluation is of the warm start, on the same problems: it differs only where that was made twice, on
-    machines whose arithmetic differs.
-    """
-    starts: dict[int, set[float]] = {}
+    """Return the seeds whose arms began from different starts, made on machines whose arithmetic differs."""
+    starts: dict[int, list[Row]] = {}
     for runs in arms.values():
         for seed, row in runs.items():
-            starts.setdefault(seed, set()).add(row["accuracy"][0])
-    return sorted(seed for seed, found in starts.items() if len(found) > 1)
+            starts.setdefault(seed, []).append(row)
+    return sorted(seed for seed, rows in starts.items() if not same_start(rows))
 
 
 def _arm(runs: dict[int, Row]) -> dict[str, Any]:
@@ -160,18 +161,24 @@ def _compare(study: Study, kind: str, arms: Arms, found: dict[str, dict[str, Any
     """
     for searched in (False, True):
         family = [arm for arm in arms if arm.endswith(SEARCHED) == searched and arm != reference_of(study, arm)]
-        entries = {arm: _difference(study, kind, arms, arm, len(family)) for arm in family}
+        tests = _tests(study, searched=searched)
+        entries = {arm: _difference(study, kind, arms, arm, tests) for arm in family}
         for arm, entry in entries.items():
             if entry is not None:
                 found[arm]["scores"][kind]["reference_less_arm"] = entry
-        _adjust([entry for entry in entries.values() if entry is not None])
+        _adjust([entry for entry in entries.values() if entry is not None], tests)
 
 
-def _adjust(differences: list[dict[str, Any]]) -> None:
-    """Add to the differences of one family of tests their p-values adjusted for its size."""
+def _adjust(differences: list[dict[str, Any]], tests: int) -> None:
+    """Add to the differences of one family of tests their p-values adjusted for the size that it is to have."""
     tested = [entry for entry in differences if entry["p"] is not None]
-    for entry, adjusted in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
+    for entry, adjusted in zip(tested, holm([entry["p"] for entry in tested], tests), strict=True):
         entry["p_holm"] = adjusted
+
+
+def _tests(study: Study, *, searched: bool) -> int:
+    """Return how many arms are compared with the reference when all have run."""
+    return sum(arm.endswith(SEARCHED) == searched for arm in study.arm_names) - 1
 
 
 def _difference(study: Study, kind: str, arms: Arms, arm: str, tests: int) -> dict[str, Any] | None:
@@ -191,15 +198,19 @@ def _difference(study: Study, kind: str, arms: Arms, arm: str, tests: int) -> di
         "only_arm_collapsed": sum(collapsed(arms[arm][s]) and not collapsed(arms[reference][s]) for s in seeds),
         "only_reference_collapsed": sum(collapsed(arms[reference][s]) and not collapsed(arms[arm][s]) for s in seeds),
         "seeds_needed": None
-        if deviation is None
+        if deviation is None or len(seeds) < FEWEST
         else {str(d): seeds_needed(deviation, d, tests=tests) for d in DIFFERENCES},
     }  # fmt: skip
 
 
 def _compare_drift(study: Study, arms: Arms, found: dict[str, dict[str, Any]]) -> None:
-    """Add to each arm's stability the paired difference reference less arm of the drift, over the seeds of both."""
+    """Add to each arm's stability the paired difference reference less arm of the drift, over the seeds of both.
+
+    Not of runs that diverged: what they drifted from then on is no number.
+    """
     drift = {
-        arm: {seed: _mean(row["curves"].get("gap", ())) for seed, row in runs.items()} for arm, runs in arms.items()
+        arm: {seed: _mean(row["curves"].get("gap", ())) for seed, row in runs.items() if not row["diverged"]}
+        for arm, runs in arms.items()
     }
     for arm, own in drift.items():
         theirs = drift.get(reference_of(study, arm), {})
@@ -223,9 +234,8 @@ def _matrix(kind: str, parts: list[Arms], name: str, seeds: list[int]) -> Values
     return np.array([[SCORES[kind](arms[name][seed]) for seed in seeds] for arms in parts])
 
 
-def _overall(study: Study, runs: Mapping[str, Arms]) -> dict[str, Any]:
-    """Return the scores over all settings, of the arms and seeds that have run in all of them."""
-    parts = list(runs.values())
+def _overall(study: Study, parts: list[Arms]) -> dict[str, Any]:
+    """Return the scores over all settings that were begun, of the arms and seeds that have run in all of them."""
     overall: dict[str, Any] = {}
     for arm in dict.fromkeys(name for arms in parts for name in arms):
         reference = reference_of(study, arm)
@@ -253,11 +263,12 @@ def _overall(study: Study, runs: Mapping[str, Arms]) -> dict[str, Any]:
         overall[arm] = entry
     for kind in SCORES:
         for searched in (False, True):
-            _adjust([
+            family = [
                 entry[kind]["reference_less_arm"]
                 for arm, entry in overall.items()
                 if arm.endswith(SEARCHED) == searched and "reference_less_arm" in entry[kind]
-            ])  # fmt: skip
+            ]
+            _adjust(family, _tests(study, searched=searched))
     return overall
 
 

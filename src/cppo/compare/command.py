@@ -52,12 +52,13 @@ def compare(
     A folder keeps a line a finished run. The same command continues where it ended; an arm or a seed that is added to
     its study.yaml later runs alone.
     """
-    if score not in ("final", "best", "area"):
-        raise ValueError(f"--score {score!r}: expected final, best or area")
     from cppo.compare.experiment import report, run_study
     from cppo.compare.runner import Runner
+    from cppo.compare.scores import SCORES
     from cppo.compare.study import load_study
 
+    if score not in SCORES:
+        raise ValueError(f"--score {score!r}: expected one of {', '.join(SCORES)}")
     given = [name for name, value in (("STUDY", study), ("--quick", quick), ("--method", method)) if value]
     if len(given) != 1:
         raise ValueError(f"expected one of STUDY, --quick and --method, got {' and '.join(given) or 'none'}")
@@ -74,7 +75,7 @@ def compare(
     if reference is not None:
         plan = dataclasses.replace(plan, reference=reference)
     console = Console(stderr=as_json)
-    runner = Runner(folder, jobs or len(os.sched_getaffinity(0)), console, keep=keep_runs, quiet=as_json, reuse=others)
+    runner = Runner(folder, jobs or _cores(), console, keep=keep_runs, quiet=as_json, reuse=others)
     if not report_only:
         run_study(plan, folder, runner)
     if runner.failed and not len(folder.rows()):
@@ -90,6 +91,11 @@ def compare(
         raise ValueError(
             f"{len(runner.failed)} runs failed ({folder.failures} has the tracebacks), the first: {runner.failed[0]}"
         )
+
+
+def _cores() -> int:
+    """Return how many cores this process may use; macOS says only how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _others(paths: list[Path], *, report_only: bool) -> list[ResultFolder]:
@@ -121,9 +127,9 @@ def _begin(
     from cppo.compare.results import ResultFolder
     from cppo.compare.study import load_study
 
-    name, text = _study_text(study, methods, seeds, settings)
-    if study is not None:
+    if study is not None and study.is_file():
         load_study(study)  # a wrong study makes no folder
+    name, text = _study_text(study, methods, seeds, settings)
     return ResultFolder.create(into or Path("comparisons") / name, text)
 
 

@@ -21,7 +21,9 @@ Values = NDArray[np.float64]
 Interval = tuple[float, float]
 RESAMPLES = 5_000
 CONFIDENCE = 0.95
-FEWEST = 4  # seeds for which an interval is given
+# Seeds for which an interval is given. Draws of n seeds lie between the lowest and the highest, which hold the mean in
+# at most 1 - 2^(1 - n) of cases: 0.88 for four, 0.97 for six.
+FEWEST = 6
 
 
 def interquartile_mean(values: Values, axis: int = -1) -> Any:
@@ -95,12 +97,18 @@ def sign_flip_p(difference: Values) -> float | None:
     )  # fmt: skip
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number (Holm 1979)."""
+def holm(p_values: Sequence[float], tests: int = 0) -> list[float]:
+    """Return p-values adjusted for their number, or for ``tests`` if these are more (Holm 1979).
+
+    Args:
+        p_values: those that are there.
+        tests: how many there are to be; the ones that are not there yet count as the smallest.
+    """
+    count = max(tests, len(p_values))
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        largest = max(largest, min(1.0, (count - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
 

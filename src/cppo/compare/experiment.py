@@ -30,6 +30,7 @@ def run_study(study: Study, folder: ResultFolder, runner: Runner) -> None:
     """
     _check_tasks(study)
     with folder.locked(), _ended_like_an_interrupt():
+        folder.sweep()
         if study.search is not None:
             runner.run("search, learning rates", first_cells(study, study.search))
             if not runner.failed:
@@ -45,6 +46,7 @@ def chosen_of(study: Study, folder: ResultFolder) -> dict[str, dict[str, Any]]:
     """Return what the search chose; empty without a search, or while one is unfinished."""
     rows = folder.rows()
     if study.search is None or unfinished(study, study.search, rows):
+        folder.chosen.unlink(missing_ok=True)  # what an earlier search chose, whose study was edited since
         return {}
     chosen = choose(study, study.search, rows)
     write_whole(folder.chosen, json.dumps(chosen, indent=1, allow_nan=False) + "\n")

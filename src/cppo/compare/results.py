@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,9 +73,16 @@ class ResultFolder:
                 ) from None
             yield
 
+    def sweep(self) -> None:
+        """Remove what a process left that was killed: unfinished runs and warm starts. Only while ``locked``."""
+        for parent in (self.runs, self.starts):
+            for left in parent.glob(".*"):
+                shutil.rmtree(left, ignore_errors=True)
+
     def rows(self) -> Rows:
         """Return the finished runs; a last line that was cut off is left out."""
-        return Rows(read_lines(self.results, *_holds(_ROW)))
+        expected, read = _holds(_ROW)
+        return Rows(read_lines(self.results, expected, lambda row: _check_run(read(row))))
 
     def failed(self) -> dict[str, str]:
         """Return the last error of the runs that failed, by key."""
@@ -98,6 +107,28 @@ def _append(path: Path, row: dict[str, Any]) -> None:
             whole = file.read().rfind(b"\n") + 1
             file.truncate(whole)
         file.write(line.encode())
+
+
+def _check_run(row: dict[str, Any]) -> dict[str, Any]:
+    """Raise ValueError for a line whose values a report could not use, as one that was edited by hand may be."""
+    evaluations = [row["rollout"], row["accuracy"], row["standard_error"]]
+    numbers = [*row["rollout"], *row["accuracy"], row["learning_rate"], row["cpu_seconds"], row["wall_seconds"]]
+    curves = [*row["curves"].values(), row["tail"], row["standard_error"]]
+    whole = (
+        all(isinstance(row[name], str) for name in ("key", "setting", "arm", "method"))
+        and all(isinstance(row[name], dict) for name in ("config", "versions"))
+        and len({len(values) for values in evaluations}) == 1
+        and len(row["rollout"]) > 1
+        and all(_is_number(value) for value in numbers)
+        and all(value is None or _is_number(value) for values in curves for value in values)
+    )
+    if not whole or row["rollout"] != sorted(set(row["rollout"])):
+        raise ValueError
+    return row
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _holds(names: tuple[str, ...]) -> tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cppo.compare.results import ResultFolder
-from cppo.compare.study import Cell
+from cppo.compare.study import Cell, same_start
 from cppo.compare.worker import is_start, make_cell_start, prepare, run_cell
 
 # What keeps a process of numerical libraries to one core.
@@ -85,7 +85,7 @@ class Runner:
         self._folder, self._jobs, self._keep = folder, jobs, keep
         self._console, self._quiet, self._reuse = console, quiet, reuse
         self._seconds: dict[str, list[float]] = {}
-        self._began: dict[tuple[str, int], float] = {}
+        self._began: dict[tuple[str, int], dict[str, Any]] = {}
         self.failed: list[str] = []
 
     def run(self, title: str, cells: Iterable[Cell]) -> None:
@@ -95,14 +95,14 @@ class Runner:
             ValueError: if a worker process died.
         """
         cells = list(cells)
+        rows = self._folder.rows()
+        self._began = {(cell.setting, cell.seed): row for cell in cells if (row := rows.of(cell)) is not None}
         self._take_lines(cells)
         rows = self._folder.rows()
         self._seconds = {}
         for row in rows:
             self._seconds.setdefault(row["setting"], []).append(row["wall_seconds"])
-        found = [(cell, rows.of(cell)) for cell in cells]
-        self._began = {(cell.setting, cell.seed): row["accuracy"][0] for cell, row in found if row is not None}
-        missing = list({cell.key: cell for cell, row in found if row is None}.values())
+        missing = list({cell.key: cell for cell in cells if rows.of(cell) is None}.values())
         if not missing:
             return
         with (
@@ -126,6 +126,7 @@ class Runner:
             row = next((row for rows in others if (row := rows.of(cell)) is not None), None)
             if row is not None:
                 self._folder.append(row | {"setting": cell.setting, "arm": cell.arm})
+                self._check_start(cell, row)
 
     def _take_start(self, key: str) -> bool:
         for other in self._reuse:
@@ -151,16 +152,15 @@ class Runner:
         while queue.waiting or pending:
             while len(pending) < self._jobs and (task := queue.pop()):
                 pending[self._submit(pool, *task)] = task
+            died = False
             for future in concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED).done:
                 cell, starting = pending.pop(future)
                 ended = [] if starting else [cell]
                 try:
                     row = future.result()
                 except BrokenProcessPool:
-                    raise ValueError(
-                        f"{title}: a worker process died, out of memory perhaps; what was finished is kept: run the "
-                        "same command again, with fewer --jobs"
-                    ) from None
+                    died = True  # said when the others that have ended are kept
+                    continue
                 except Exception as error:  # noqa: BLE001  one run's failure must not cost the others
                     ended = queue.lose(cell) if starting else ended
                     for one in ended:
@@ -171,9 +171,14 @@ class Runner:
                     else:
                         self._folder.append(row)
                         self._seconds.setdefault(cell.setting, []).append(row["wall_seconds"])
-                        self._check_start(cell, row["accuracy"][0])
+                        self._check_start(cell, row)
                         self._say(cell, f"{row['accuracy'][-1]:.3f}", unfinished())
                 progress.update(bar, advance=len(ended), left=self._left(unfinished()))
+            if died:
+                raise ValueError(
+                    f"{title}: a worker process died, out of memory perhaps; what was finished is kept: run the "
+                    "same command again, with fewer --jobs"
+                )
         progress.remove_task(bar)
 
     def _submit(self, pool: ProcessPoolExecutor, cell: Cell, starting: bool) -> Future[Any]:
@@ -189,16 +194,17 @@ class Runner:
         self._folder.fail({"key": cell.key, "cell": name, "error": "".join(traceback.format_exception(error))})
         self._say(cell, f"failed: {type(error).__name__}", left)
 
-    def _check_start(self, cell: Cell, accuracy: float) -> None:
+    def _check_start(self, cell: Cell, row: dict[str, Any]) -> None:
         """Say at once that a seed's runs are no pairs, and not hours later in the tables; once a seed."""
         place = (cell.setting, cell.seed)
-        before = self._began.setdefault(place, accuracy)
-        if accuracy != before:
-            self._began[place] = accuracy
+        before = self._began.setdefault(place, row)
+        if not same_start([before, row]):
+            self._began[place] = row
             self._console.print(
-                f"{cell.setting} / seed {cell.seed}: its warm start was made again and begins at {accuracy:.3f}, where "
-                f"the runs that are there began at {before:.3f}: this machine's arithmetic or versions differ, and the "
-                "arms of this seed are not paired. Expected a study's runs to come from one kind of machine",
+                f"{cell.setting} / seed {cell.seed}: its warm start is another one, and begins at "
+                f"{row['accuracy'][0]:.3f}, where the runs that are there began at {before['accuracy'][0]:.3f}: the "
+                "arithmetic of two machines or versions differs, and the arms of this seed are not paired. Expected a "
+                "study's runs to come from one kind of machine",
                 style="yellow", markup=False, highlight=False, soft_wrap=True,
             )  # fmt: skip
 

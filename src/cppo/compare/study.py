@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
-import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cppo.lab.config import RunConfig, read_yaml
+from cppo.methods import parse_method
 
 SEARCHED = " (searched)"
 # What does not change a run's numbers, and what is the study's own to set.
@@ -53,6 +55,11 @@ class Cell:
         }
 
     @property
+    def knobs(self) -> dict[str, Any]:
+        """Every knob of the method, those at their defaults too."""
+        return dataclasses.asdict(parse_method(self.config.method))
+
+    @property
     def key(self) -> str:
         """Sixteen hexadecimal digits.
 
@@ -86,8 +93,22 @@ class Rows:
         row = self._rows.get(cell.key)
         if row is None:
             return None
-        content = cell.content
-        return row if all(content.get(name, value) == value for name, value in row["config"].items()) else None
+        content, knobs = cell.content, cell.knobs
+        same = all(content.get(name, value) == value for name, value in row["config"].items())
+        # A line of before knobs were kept has none.
+        same = same and all(knobs.get(name, value) == value for name, value in row.get("knobs", {}).items())
+        return row if same else None
+
+
+def same_start(rows: Iterable[dict[str, Any]]) -> bool:
+    """Whether these lines of one setting and seed come from the same warm start.
+
+    The first evaluation is of the warm start, on the same problems; two that differ may score the same, so that newer
+    lines hold a hash of it too.
+    """
+    rows = list(rows)
+    hashes = {row["start"] for row in rows if row.get("start") is not None}
+    return len({row["accuracy"][0] for row in rows}) <= 1 and len(hashes) <= 1
 
 
 def _hash(content: Mapping[str, Any]) -> str:
@@ -98,7 +119,7 @@ def _hash(content: Mapping[str, Any]) -> str:
 class Search:
     """Where an arm's own settings come from: a few candidates, the same number for every arm, on seeds of their own.
 
-    First the arm's method as the study gives it, at every learning rate (``factors`` times the setting's); then its
+    First the arm's method as the study gives it, at every learning rate (``factors`` times the arm's); then its
     other ``knobs`` at the best of these. The best mean of all evaluations after the start wins.
     """
 
@@ -132,13 +153,23 @@ class Study:
     at: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.seeds) * len(self.settings) * len(self.arms) > MOST_RUNS:
-            raise ValueError(f"seeds, settings, arms: expected at most {MOST_RUNS:,} runs")
+        runs = len(self.seeds) * len(self.settings) * len(self.arms)
+        if self.search is not None:
+            tried = sum(len(self.search.factors) + len(knobs) for knobs in self.search.knobs.values())
+            runs += len(self.settings) * (tried * len(self.search.seeds) + len(self.search.knobs) * len(self.seeds))
+        if runs > MOST_RUNS:
+            raise ValueError(f"seeds, settings, arms: expected at most {MOST_RUNS:,} runs, got {runs:,}")
         self.cells()  # every run's settings are checked before the first starts
         if self.reference not in self.arms:
             raise ValueError(f"reference={self.reference!r}: expected one of the arms, {', '.join(self.arms)}")
         if self.search is not None:
             self._check_search(self.search)
+
+    @property
+    def arm_names(self) -> list[str]:
+        """The arms as given, then those that a search adds, in their order."""
+        searched = self.search.knobs if self.search is not None else ()
+        return [*self.arms, *(arm + SEARCHED for arm in self.arms if arm in searched)]
 
     def _check_search(self, search: Search) -> None:
         if shared := set(search.seeds) & set(self.seeds):
@@ -147,7 +178,11 @@ class Study:
         for arm, knobs in search.knobs.items():
             if arm not in self.arms:
                 raise ValueError(f"search: knobs: {arm!r} is no arm; expected some of {', '.join(self.arms)}")
-            if len({self.arms[arm]["method"], *knobs}) != len(knobs) + 1:
+            try:
+                candidates = [parse_method(method) for method in (str(self.arms[arm]["method"]), *knobs)]
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"search: knobs: {arm}: {error}") from None
+            if any(one == other for one, other in itertools.combinations(candidates, 2)):
                 raise ValueError(
                     f"search: knobs: {arm}: expected methods that differ from each other and the arm's own"
                 )
@@ -157,10 +192,12 @@ class Study:
             )
         if len(set(counts.values())) > 1:
             raise ValueError(f"search: knobs: expected as many candidates for every arm, got {counts}")
+        if len(set(search.factors)) < len(search.factors):
+            raise ValueError(f"search: factors={list(search.factors)}: expected numbers that differ")
         for setting in self.settings:
             for arm in search.knobs:
                 for method, factor in self.candidates(arm):
-                    self.config(setting, arm, search.seeds[0], method=method, factor=factor)
+                    self.config(setting, arm, search.seeds[-1], method=method, factor=factor)
 
     def candidates(self, arm: str) -> Iterator[tuple[str, float]]:
         """Yield every method and learning-rate factor that the search may choose for an arm."""
@@ -178,7 +215,7 @@ class Study:
             config = RunConfig(**fields)
             config = dataclasses.replace(config, learning_rate=config.learning_rate * factor)
             return dataclasses.replace(config, checkpoint_every=config.rollouts)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"setting {setting!r}, arm {arm!r}: {error}") from None
 
     def cells(self, chosen: Mapping[str, Mapping[str, Any]] | None = None) -> list[Cell]:
@@ -222,9 +259,7 @@ def make_study(content: Any) -> Study:
         own = dict(_mapping(f"settings: {name}", fields))
         place = own.pop("at", None)
         if place is not None:
-            if isinstance(place, bool) or not isinstance(place, int | float) or not math.isfinite(place):
-                raise ValueError(f"settings: {name}: at={place!r}: expected a number")
-            at[name] = float(place)
+            at[name] = _number(f"settings: {name}: at", place, positive=False)
         settings[name] = _run_fields(f"settings: {name}", {**base, **own})
     arms = {}
     for name, fields in _mapping("arms", content.get("arms")).items():
@@ -242,6 +277,8 @@ def make_study(content: Any) -> Study:
     axis = content.get("axis")
     if axis is not None and (not isinstance(axis, str) or set(at) != set(settings)):
         raise ValueError(f"axis={axis!r}: expected a text, and `at: NUMBER` in every setting")
+    if axis is not None:
+        _check_printable("axis", axis)
     return Study(
         title=title,
         seeds=_seeds("seeds", content.get("seeds", {"first": 0, "count": 10})),
@@ -304,7 +341,9 @@ def _check_known(name: str, content: Mapping[str, Any], known: tuple[str, ...] |
             raise ValueError(f"{name}: unknown {key!r}; expected some of {', '.join(known)}")
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ValueError(f"{name}={value!r}: expected a number > 0")
+def _number(name: str, value: Any, *, positive: bool = True) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Compared before it is a float: YAML's integers can be too large for one.
+    if not number or not abs(value) <= sys.float_info.max or (positive and value <= 0):
+        raise ValueError(f"{name}={value!r}: expected a number" + " > 0" * positive)
     return float(value)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-Interval = Sequence[float] | None
+Bounds = Sequence[float] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +47,13 @@ def headlines(document: dict[str, Any], kind: str) -> list[Plain]:
             against = score.get("reference_less_arm", {})
             rows.append((
                 arm, str(len(entry["seeds"])), _estimate(score, "mean", 2),
-                _signed(against.get("mean"), against.get("interval"), 2), _p(against.get("p_holm"), 2),
+                _signed(against.get("mean"), against.get("interval"), 2), _p(against.get("p_holm")),
                 str(entry["collapsed"]), _number(figures["gap"], 2), _share(figures["masked"]),
             ))  # fmt: skip
         tables.append(Plain(
             f"{name}: {kind} accuracy",
             ("arm", "n", "mean [95 %]", "reference less arm", "p", "lost", "drift", "masked"), rows,
-            _unmatched(setting).strip(),
+            (_diverged(setting) + _unmatched(setting)).strip(),
         ))  # fmt: skip
     return tables
 
@@ -85,7 +85,8 @@ def scores(name: str, setting: dict[str, Any], kind: str) -> Plain:
         rows,
         f"Intervals: 95 %, bootstrap over seeds. Reference: {', '.join(sorted(references)) or 'none'}, the same seeds "
         f"in both. best: in a window of {setting['window']} rollouts. area: mean of the evaluations after the start. "
-        "p: sign flips of the paired differences, adjusted for the number of arms, as given and searched apart. "
+        "p: sign flips of the paired differences, adjusted for the number of the study's arms, as given and searched "
+        "apart. "
         f"One evaluation's own standard error is {_number(setting['evaluation_standard_error'], 2)}."
         f"{_unmatched(setting)}{_without(setting['without'])}",
     )  # fmt: skip
@@ -111,7 +112,7 @@ def stability(name: str, setting: dict[str, Any]) -> Plain:
         "drift: mean |pi - mu| of the sampled tokens over all updates; top tenth: of the tenth that drifted most. "
         "reference less arm: paired, 95 % bootstrap interval, and in how many seeds the reference drifted less. "
         "collapsed: ends below half of its best evaluation, or below its start by two standard errors. by budget "
-        "alone: of the masked tokens. CPU s: of a run, its warm start apart.",
+        f"alone: of the masked tokens. CPU s: of a run, its warm start apart.{_diverged(setting)}",
     )  # fmt: skip
 
 
@@ -134,7 +135,8 @@ def overall(document: dict[str, Any], kind: str) -> Plain:
          "p (Holm)", "collapsed"),
         rows,
         "Over the seeds that the arm and its reference have in all settings; each setting weighs the same. A seed is "
-        "drawn with all its settings, and its differences flip their sign together. The IQM is over all runs.",
+        "drawn with all its settings, and its differences flip their sign together. The IQM is over all runs."
+        + (f" Not begun, and not in it: {', '.join(document['not_begun'])}." if document["not_begun"] else ""),
     )  # fmt: skip
 
 
@@ -194,16 +196,16 @@ def as_markdown(tables: list[Plain]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def _estimate(score: dict[str, Any], name: str, digits: int = 3) -> str:
-    low_high: Interval = score[f"{name}_interval"]
+    low_high: Bounds = score[f"{name}_interval"]
     bounds = "" if low_high is None else f" [{low_high[0]:.{digits}f}, {low_high[1]:.{digits}f}]"
     return f"{score[name]:.{digits}f}{bounds}"
 
 
-def _signed(value: float | None, interval: Interval, digits: int = 3) -> str:
+def _signed(value: float | None, interval: Bounds, digits: int = 3) -> str:
     if value is None:
         return "-"
     bounds = "" if interval is None else f" [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]"
@@ -217,7 +219,7 @@ def _drifts(found: dict[str, Any] | None) -> str:
     return f"{found['mean']:+.2g}{bounds}, {found['reference_lower']} of {found['pairs']}"
 
 
-def _plain(value: float | None, interval: Interval) -> str:
+def _plain(value: float | None, interval: Bounds) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" + ("" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]")
@@ -225,6 +227,17 @@ def _plain(value: float | None, interval: Interval) -> str:
 
 def _collapses(against: dict[str, Any]) -> str:
     return f"{against['only_reference_collapsed']}, {against['only_arm_collapsed']}" if against else "-"
+
+
+def _diverged(setting: dict[str, Any]) -> str:
+    """Say which arms' policies became no numbers, and what stands of them."""
+    counts = [f"{arm}: {entry['diverged']}" for arm, entry in setting["arms"].items() if entry["diverged"]]
+    if not counts:
+        return ""
+    return (
+        f" Runs that diverged, to a policy that is no numbers: {', '.join(counts)}. Their curves are averaged up to "
+        "there, and their drift is compared with none."
+    )
 
 
 def _unmatched(setting: dict[str, Any]) -> str:
@@ -246,8 +259,8 @@ def _without(arms: dict[str, dict[str, int]]) -> str:
     return "".join(said)
 
 
-def _p(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _p(value: float | None) -> str:
+    return "-" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import multiprocessing
 import os
@@ -34,6 +35,8 @@ CURVES = {
 }
 # What torch says of a policy whose logits are no numbers any more.
 _DIVERGED = "probability tensor contains either"
+_WEIGHTS = "model.safetensors"
+_LONGEST_NAME = 120
 
 
 class _Silence:
@@ -65,7 +68,7 @@ def prepare() -> None:
 
 def is_start(path: Path) -> bool:
     """Whether a warm start was written there to its end."""
-    return (path / "model.safetensors").is_file()
+    return (path / _WEIGHTS).is_file()
 
 
 def make_cell_start(config: RunConfig, path: Path) -> None:
@@ -90,6 +93,7 @@ def run_cell(cell: Cell, start: Path | None, folder: Path, *, keep: bool) -> dic
     """
     from cppo.lab.run import Run, start_run, versions
 
+    began = None if start is None else hashlib.sha256((start / _WEIGHTS).read_bytes()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     own = Path(tempfile.mkdtemp(prefix=f".{cell.key}-", dir=folder))
     try:
@@ -107,10 +111,11 @@ def run_cell(cell: Cell, start: Path | None, folder: Path, *, keep: bool) -> dic
             "method": cell.config.method, "learning_rate": cell.config.learning_rate,
             **_outcome(cell.config, own / "run", diverged=diverged),
             "cpu_seconds": round(time.process_time() - cpu, 2), "wall_seconds": round(time.monotonic() - since, 2),
-            "config": cell.content, "versions": versions(),
+            "config": cell.content, "knobs": cell.knobs, "start": began, "versions": versions(),
         }  # fmt: skip
         if keep:
             name = re.sub(r"[^\w.-]+", "-", f"{cell.setting}-{cell.arm}-seed{cell.seed}")
+            name = name.encode()[:_LONGEST_NAME].decode(errors="ignore")  # a file system takes some 250 bytes
             shutil.rmtree(folder / f"{name}-{cell.key}", ignore_errors=True)
             (own / "run").rename(folder / f"{name}-{cell.key}")
         return row

@@ -129,7 +129,7 @@ def read_lines(path: Path, expected: str, read: Callable[[dict[str, Any]], dict[
             continue
         try:
             rows.append(read(json.loads(line)))
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ValueError(f"{path}, line {number}: expected {expected}") from None
     return rows
 
@@ -143,8 +143,8 @@ def read_json(path: Path) -> Any:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a file whole or not at all, also where two processes write it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 

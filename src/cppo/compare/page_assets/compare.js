@@ -2,8 +2,9 @@
 
 const SEARCHED = " (searched)";
 const study = JSON.parse(byId("data").textContent);
-const settings = Object.entries(study.settings);
-const armNames = [...new Set(settings.flatMap(([, setting]) => Object.keys(setting.arms)))];
+// In the study's order: an object of its own would put names that are numbers first.
+const settings = study.setting_names.map((name) => [name, study.settings[name]]);
+const armNames = study.arm_names;
 const baseNames = [...new Set(armNames.map((name) => name.replace(SEARCHED, "")))];
 const SCORE_TITLES = { final: "last evaluation", best: "best evaluation", area: "area: mean of the evaluations" };
 // Methods that keep their colour from study to study.
@@ -21,7 +22,7 @@ function armStyles() {
   const found = {};
   const taken = new Map();
   for (const name of armNames) {
-    const { method } = settings.map(([, setting]) => setting.arms[name]).find(Boolean);
+    const { method } = settings.map(([, setting]) => armOf(setting, name)).find(Boolean);
     const [whole] = method.split("?");
     const family = whole.startsWith("trm_") ? "trm" : whole;
     const index = OWN_COLOUR[family] ?? armNames.indexOf(name) % COLOURS;
@@ -38,6 +39,11 @@ function armStyles() {
   return found;
 }
 
+// undefined where the arm has not run, also for a name that every object knows, as "constructor".
+function armOf(setting, name) {
+  return Object.hasOwn(setting.arms, name) ? setting.arms[name] : undefined;
+}
+
 function hue(name) {
   return colour(styles[name].index);
 }
@@ -51,12 +57,20 @@ function shown(name) {
 }
 
 function drawn(setting) {
-  return Object.entries(setting.arms).filter(([name]) => shown(name));
+  return armNames.filter((name) => shown(name) && armOf(setting, name)).map((name) => [name, armOf(setting, name)]);
 }
 
 // More bands than a few hide each other and the lines.
+function banded() {
+  return armNames.filter(shown).length <= MOST_BANDS;
+}
+
+function bandNote() {
+  return banded() ? "" : `Intervals are drawn for up to ${MOST_BANDS} arms: take some out above.`;
+}
+
 function band(x, low, high, hueOf) {
-  if (low.some((value) => value === null) || armNames.filter(shown).length > MOST_BANDS) return [];
+  if (low.some((value) => value === null) || !banded()) return [];
   return [
     {
       type: "scatter",
@@ -83,6 +97,7 @@ function accuracy(setting) {
       y: arm.curve.accuracy,
     })),
     traces: arms.flatMap(([name, arm]) => band(arm.curve.rollout, arm.curve.low, arm.curve.high, hue(name))),
+    note: bandNote(),
     layout: { xaxis: titled("rollout"), yaxis: titled("accuracy"), hovermode: "closest" },
   };
 }
@@ -106,9 +121,20 @@ function curve(setting, name, title, log) {
   };
 }
 
+// A row an arm, told by its place: two long names may be the same where they are cut.
+function rowsOf(arms) {
+  return {
+    range: [arms.length - 0.5, -0.5],
+    rangemode: "normal",
+    tickmode: "array",
+    tickvals: arms.map((_, row) => row),
+    ticktext: arms.map(([name]) => plain(name)),
+  };
+}
+
 function seedDots(setting) {
   const arms = drawn(setting);
-  const traces = arms.flatMap(([name, arm]) => {
+  const traces = arms.flatMap(([name, arm], row) => {
     const score = arm.scores[kind()];
     const bounds = score.mean_interval;
     return [
@@ -116,7 +142,7 @@ function seedDots(setting) {
         type: "scatter",
         mode: "markers",
         x: score.values,
-        y: score.values.map(() => plain(name)),
+        y: score.values.map(() => row + 0.22), // below the mean, which would hide them
         text: arm.seeds.map((seed) => `seed ${seed}`),
         hovertemplate: "%{text}: %{x:.3f}<extra></extra>",
         marker: { color: hue(name), size: 6, opacity: 0.45 },
@@ -125,7 +151,7 @@ function seedDots(setting) {
         type: "scatter",
         mode: "markers",
         x: [score.mean],
-        y: [plain(name)],
+        y: [row],
         hovertemplate: "mean %{x:.3f}<extra></extra>",
         marker: { color: hue(name), size: 11, symbol: "diamond" },
         error_x: bounds
@@ -144,7 +170,7 @@ function seedDots(setting) {
     traces,
     layout: {
       xaxis: titled(SCORE_TITLES[kind()]),
-      yaxis: { autorange: "reversed", type: "category" },
+      yaxis: rowsOf(arms),
       hovermode: "closest",
       margin: { l: 150, r: 12, t: 8, b: 40 },
     },
@@ -165,11 +191,11 @@ function differences(setting, name) {
   const margin = 0.05 * (Math.max(0, ...ends) - Math.min(0, ...ends));
   const references = [...new Set(found.map(([, difference]) => difference.reference))];
   return {
-    traces: found.map(([arm, difference]) => ({
+    traces: found.map(([arm, difference], row) => ({
       type: "scatter",
       mode: "markers",
       x: [difference.mean],
-      y: [plain(arm)],
+      y: [row],
       text: [plain(difference.reference)],
       hovertemplate: `%{text} less this: %{x:.3f}, ${difference.pairs} pairs<extra></extra>`,
       marker: { color: hue(arm), size: 10 },
@@ -182,24 +208,37 @@ function differences(setting, name) {
       },
     })),
     title: `${name}: ${references.join(" or ") || study.reference} less each arm`,
+    note: `Right of 0: ${references.join(" or ") || study.reference} is better.`,
     layout: {
       xaxis: titled(`difference, ${SCORE_TITLES[kind()]}`, {
         zeroline: true,
         zerolinewidth: 2,
         range: [Math.min(0, ...ends) - margin, Math.max(0, ...ends) + margin],
       }),
-      yaxis: { autorange: "reversed", type: "category", rangemode: "normal" },
+      yaxis: rowsOf(found),
       hovermode: "closest",
       margin: { l: 150, r: 12, t: 8, b: 40 },
     },
   };
 }
 
-// Places that span a factor of four or more stand on a logarithmic axis.
+// Places that span a factor of four or more stand on a logarithmic axis, and where that cannot be and their labels would
+// run into each other, as of 0, 0.05 and 1, evenly.
+const places = [...new Set(Object.values(study.at))].sort((a, b) => a - b);
+const wide = places[0] > 0 && places.at(-1) >= 4 * places[0];
+const crowded = places.some((one, index) => index > 0 && one - places[index - 1] < (places.at(-1) - places[0]) / 12);
+const evenly = crowded && !wide;
+
+function placeOf(setting) {
+  return evenly ? places.indexOf(study.at[setting]) : study.at[setting];
+}
+
 function axis() {
-  const places = [...new Set(Object.values(study.at))].sort((a, b) => a - b);
-  const ticks = { tickmode: "array", tickvals: places, ticktext: places.map(String) };
-  const wide = places[0] > 0 && places.at(-1) >= 4 * places[0];
+  const ticks = {
+    tickmode: "array",
+    tickvals: evenly ? places.map((_, index) => index) : places,
+    ticktext: places.map(String),
+  };
   return titled(study.axis, wide ? { type: "log", rangemode: "normal", ...ticks } : ticks);
 }
 
@@ -207,8 +246,8 @@ function alongAxis(value, title, bounds, log) {
   const found = armNames.filter(shown).map((name) => [
     name,
     settings
-      .filter(([, setting]) => setting.arms[name] && value(setting.arms[name]) !== null)
-      .map(([setting, { arms }]) => [study.at[setting], arms[name]])
+      .map(([setting, found]) => [placeOf(setting), armOf(found, name)])
+      .filter(([, arm]) => arm && value(arm) !== null)
       .sort((a, b) => a[0] - b[0]),
   ]);
   return {
@@ -229,9 +268,10 @@ function alongAxis(value, title, bounds, log) {
         hue(name),
       );
     }),
+    note: bounds ? bandNote() : "",
     layout: {
       xaxis: axis(),
-      yaxis: titled(title, log ? LOGARITHMIC : {}),
+      yaxis: titled(title, log ? LOGARITHMIC : { rangemode: bounds ? "normal" : "tozero" }),
       hovermode: "closest",
     },
   };
@@ -239,7 +279,7 @@ function alongAxis(value, title, bounds, log) {
 
 function meanCaption(found) {
   const seeds = Math.max(...found.flatMap((setting) => Object.values(setting.arms).map((arm) => arm.seeds.length)));
-  return `Mean over ${seeds} seeds; 95 % interval, drawn for up to ${MOST_BANDS} arms at a time.`;
+  return `Mean over ${seeds} seeds, 95 % interval.`;
 }
 
 function height(setting) {
@@ -260,7 +300,7 @@ function showPictures() {
   for (const [name, setting] of settings) {
     picture(
       byId("differences"), name,
-      "Paired by seed; 95 % bootstrap interval. Right of 0: the reference is better.",
+      "Paired by seed; 95 % bootstrap interval.",
       () => differences(setting, name), height(setting),
     );
     const parent = make("div", { class: "pictures" });

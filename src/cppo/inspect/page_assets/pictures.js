@@ -111,7 +111,7 @@ function fullLayout(layout, width, height) {
 }
 
 function titled(text, more = {}) {
-  return { title: { text, standoff: 8 }, ...more };
+  return { title: { text: plain(text), standoff: 8 }, ...more };
 }
 
 function renderAll() {
