@@ -28,6 +28,7 @@ PICTURES = {
         ("noise 1", "Held-out accuracy"), ("noise 1", "Every seed"),
     ]),
     "staleness": ("area", [("", "Accuracy"), ("", "Drift")]),
+    "passes": ("final", [("", "Accuracy"), ("", "Drift")]),
     "mismatch": ("final", [("", "Accuracy"), ("", "Masked")]),
     "mild": ("final", [
         ("short mild", "Held-out accuracy"), ("short mild", "Every seed"),

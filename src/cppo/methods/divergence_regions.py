@@ -49,7 +49,7 @@ class CPPO:
         divergence: which D; the binary ones come from the log-probs, the others are passed to ``decide``. Paper: top-K
             TV, K = 20.
         ratio_cap: cap on rho in the coefficient, > 0; None for none. In the laboratory 1 held in every
-            regime that was tried, None and the authors' 20 at high learning rates did not (docs/experiments.md).
+            regime that was tried; None (docs/experiments.md) and the authors' 20 did not at high learning rates.
         shuffle_seed: which permutation ``position="shuffled"`` takes, in [0, 2^63).
     """
 

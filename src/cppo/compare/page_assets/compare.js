@@ -66,7 +66,7 @@ function banded() {
 }
 
 function bandNote() {
-  return banded() ? "" : `Intervals are drawn for up to ${MOST_BANDS} arms: take some out above.`;
+  return banded() ? "Shaded: 95 % interval." : `95 % intervals are drawn for up to ${MOST_BANDS} arms at a time.`;
 }
 
 function band(x, low, high, hueOf) {
@@ -279,7 +279,7 @@ function alongAxis(value, title, bounds, log) {
 
 function meanCaption(found) {
   const seeds = Math.max(...found.flatMap((setting) => Object.values(setting.arms).map((arm) => arm.seeds.length)));
-  return `Mean over ${seeds} seeds, 95 % interval.`;
+  return `Mean over ${seeds} seeds.`;
 }
 
 function height(setting) {
