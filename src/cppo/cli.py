@@ -181,11 +181,16 @@ def evaluate_command(
 def inspect(
     logs: Annotated[list[Path], typer.Argument(help="Runs' folders, folders of parquet files, or parquet files.")],
     method: Annotated[
-        str | None, typer.Option(help="The method that the runs used, NAME?knob=value; what a run's folder says.")
+        str | None,
+        typer.Option(
+            help="The method that the runs used, NAME?knob=value; default: what the log or its run's config.yaml names."
+        ),
     ] = None,
     beside: Annotated[
         list[str] | None,
-        typer.Option(help="Judge the same tokens by this method too; repeat for more. All at defaults."),
+        typer.Option(
+            help="Judge the same tokens by this method, in the place of twelve at their default knobs. Repeatable."
+        ),
     ] = None,
     masked: Annotated[
         float, typer.Option(help="Suggest thresholds that mask this share of the tokens.", min=1e-4, max=0.9)

@@ -36,7 +36,7 @@ def verify(
 ) -> None:
     """Check every statement of the theory on small random problems by enumerating all responses; exit 1 if one fails.
 
-    One problem in twenty is checked in exact fractions too. The table says how tight each bound is, and whether its
+    Three problems of fifty are checked in exact fractions too. The table says how tight each bound is, and whether its
     saturating problem attains it.
     """
     from cppo.bound.tables import print_verdicts

@@ -106,7 +106,7 @@ def _cases(instances: int, seed: int) -> Iterator[tuple[Case, Case | None]]:
 
 
 def verify(instances: int, seed: int, *, progress: Callable[[int], None] = lambda done: None) -> Sequence[Verdict]:
-    """Check every statement on ``instances`` random problems, one in twenty of them in fractions too.
+    """Check every statement on ``instances`` random problems, three of each fifty in fractions too.
 
     Args:
         instances: problems, at least one a shape.

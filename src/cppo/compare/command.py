@@ -44,7 +44,9 @@ def compare(
     ] = None,
     report_only: Annotated[bool, typer.Option(help="Run nothing; make the report of what is there.")] = False,
     reference: Annotated[str | None, typer.Option(help="Compare with this arm instead of the study's.")] = None,
-    score: Annotated[str, typer.Option(help="Score of the tables printed: final, best or area.")] = "final",
+    score: Annotated[
+        str, typer.Option(help="Score of the tables, printed and in tables.md: final, best or area.")
+    ] = "final",
     as_json: Annotated[bool, typer.Option("--json", help="Print the document as JSON and nothing else.")] = False,
 ) -> None:
     """Compare trust regions: the same starts, problems and budgets for all, seed by seed, with intervals.
