@@ -39,6 +39,7 @@ PICTURES = {
         ("short, 1M", "Held-out accuracy"), ("short, 1M", "Every seed"),
         ("short, 1M, half the rate", "Held-out accuracy"), ("short, 1M, half the rate", "Every seed"),
         ("short, 1M, a quarter", "Held-out accuracy"), ("short, 1M, a quarter", "Every seed"),
+        ("short, 5M", "Held-out accuracy"), ("short, 5M", "Every seed"),
     ]),
     "parts": ("final", [("short, 1M", "Every seed"), ("", "short, 1M: cppo less each arm")]),
     "ablations": ("area", [
