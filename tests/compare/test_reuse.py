@@ -239,7 +239,7 @@ def test_what_a_killed_process_left_goes(tmp_path):
         {"accuracy": [0.2, 0.3], "rollout": [0, 0]}, {"accuracy": "ab"}, {"rollout": [0], "accuracy": [0.2]},
         {"standard_error": [0.1]}, {"config": None}, {"versions": []}, {"curves": []}, {"curves": {"gap": 3}},
         {"curves": {"gap": ["x"]}}, {"tail": None}, {"learning_rate": "1e-4"}, {"cpu_seconds": None}, {"arm": 3},
-        {"rollout": [0], "accuracy": [0.2], "standard_error": [0.1]},
+        {"rollout": [0], "accuracy": [0.2], "standard_error": [0.1]}, {"knobs": []}, {"start": ["a"]},
     ],
 )  # fmt: skip
 def test_a_line_that_was_edited_to_no_run_is_named(tmp_path, changes):

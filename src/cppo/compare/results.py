@@ -116,7 +116,8 @@ def _check_run(row: dict[str, Any]) -> dict[str, Any]:
     curves = [*row["curves"].values(), row["tail"], row["standard_error"]]
     whole = (
         all(isinstance(row[name], str) for name in ("key", "setting", "arm", "method"))
-        and all(isinstance(row[name], dict) for name in ("config", "versions"))
+        and all(isinstance(values, dict) for values in (row["config"], row["versions"], row.get("knobs", {})))
+        and isinstance(row.get("start"), str | None)
         and len({len(values) for values in evaluations}) == 1
         and len(row["rollout"]) > 1
         and all(_is_number(value) for value in numbers)
