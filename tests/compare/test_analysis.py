@@ -79,9 +79,11 @@ def test_settings_weigh_the_same_overall(document):
     against = document["overall"]["grpo"]["final"]["reference_less_arm"]
     assert against["mean"] == pytest.approx((0.3 / 6 + 0.65 / 6) / 2)
     assert against["interval"][0] < against["mean"] < against["interval"][1]
-    differences = [0.35, -0.075, 0.1, 0.05, 0.075, -0.025]  # of each seed, the mean of both settings
+    # Of each seed, the mean of both settings; by their best, where neither setting alone has the same p as both.
+    differences = [0.1, -0.075, 0.1, 0.05, 0.075, -0.025]
     sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in product([1, -1], repeat=6)]
-    assert against["p"] == pytest.approx(sum(found >= 0.475 - 1e-9 for found in sums) / 64)
+    p = sum(found >= 0.225 - 1e-9 for found in sums) / 64
+    assert document["overall"]["grpo"]["best"]["reference_less_arm"]["p"] == pytest.approx(p)
     assert document["overall"]["none"]["final"]["reference_less_arm"]["p"] == 1 / 32
     assert document["overall"]["none"]["final"]["reference_less_arm"]["p_holm"] == 1 / 16
     assert document["overall"]["none"]["collapsed"] == 8

@@ -42,6 +42,8 @@ def test_aggregates_over_settings():
     drawn = np.stack([scores, scores[:, ::-1], 2 * scores], axis=1)
     assert mean(drawn) == pytest.approx([0.5, 0.5, 1.0])
     assert pooled_interquartile_mean(drawn) == pytest.approx([0.5, 0.5, 1.0])
+    # Symmetric numbers have one middle, whatever is cut; these have not: 0, 0, 0, .1, .2, .3, .8, .9.
+    assert pooled_interquartile_mean(np.array([[0.0, 0.9, 0.0, 0.3], [0.1, 0.8, 0.2, 0.0]])) == pytest.approx(0.15)
 
 
 @given(st.integers(1, 3), st.integers(2, 6), st.randoms(use_true_random=False))
