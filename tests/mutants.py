@@ -53,6 +53,7 @@ KILLERS = (
     "test_token_statistics_memory.py",
     "test_token_statistics_input.py",
     "test_vocab_parallel.py",
+    "bound/test_bound_constants.py",
     "compare/test_estimates.py",
     "compare/test_study.py",
     "compare/test_analysis.py",

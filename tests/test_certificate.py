@@ -42,13 +42,14 @@ def expected(responses, method, rewards=None, judged=None):
     sums, limit = [0.0] * max(T, 2), [0.0] * max(T, 2)
     pathwise = surrogate = improvement = 0.0
     for r, R in kept:
-        log_ratio = [p - m if finite(p, m) else 0.0 for p, m in zip(r.logp, r.rollout_logp, strict=True)]
+        # A token that pi cannot write has the ratio 0; what is no log-prob has the ratio 1.
+        known = [math.isfinite(m) and p < INF for p, m in zip(r.logp, r.rollout_logp, strict=True)]
+        log_ratio = [max(p - m, -1e4) if k else 0.0 for p, m, k in zip(r.logp, r.rollout_logp, known, strict=True)]
         rho = [math.exp(min(x, 20.0)) for x in log_ratio]
         for t in range(len(r)):
-            usable = finite(r.logp[t], r.rollout_logp[t])
-            D = abs(math.exp(r.logp[t]) - math.exp(r.rollout_logp[t])) if usable else 0.0
+            D = abs(math.exp(r.logp[t]) - math.exp(r.rollout_logp[t])) if known[t] else 0.0
             if own:
-                D = r.divergence[t] if usable and finite(r.divergence[t]) else 0.0
+                D = r.divergence[t] if known[t] and finite(r.divergence[t]) else 0.0
             D = min(max(D, 0.0), 1.0)
             sums[t] += D
             limit[t] = max(limit[t], D)
@@ -77,13 +78,21 @@ def expected(responses, method, rewards=None, judged=None):
     return values
 
 
-def judged_by(batch, method):
-    """(Z_t, c_t) as the decision's trace has them."""
+def judged_by(batch, method, responses):
+    """(Z_t, c_t) as the decision's trace has them, of the tokens that it could measure, where Z is of a TV."""
     trace = batch.decide(method).trace
-    if trace.weighted_divergence is None:
+    if trace.weighted_divergence is None or not method.divergence.endswith("_tv"):
         return None
     columns = (batch.per_response(v) for v in (trace.weighted_divergence, trace.threshold))
-    return [list(zip(Z, c, strict=True)) for Z, c in zip(*columns, strict=True)]
+    exact = method.divergence == "exact_tv"
+    return [
+        [
+            pair
+            for pair, p, m, D in zip(zip(Z, c, strict=True), r.logp, r.rollout_logp, r.divergence, strict=True)
+            if finite(p, m) and (not exact or math.isfinite(D))
+        ]
+        for Z, c, r in zip(*columns, responses, strict=True)
+    ]
 
 
 def found(batch, method, rewards=None):
@@ -105,11 +114,13 @@ def test_every_value_is_the_formula_in_every_layout(method, make):
     responses = make(seed=60)
     for rewards in (None, rewards_of(responses)):
         for name, batch in every_layout(responses).items():
-            wanted = expected(responses, method, rewards, judged_by(batch, method))
+            wanted = expected(responses, method, rewards, judged_by(batch, method, responses))
             values = found(batch, method, rewards)
             same(values, wanted)
             assert values["bound/horizon"] == 40, name
-            assert ("bound/within_fraction" in values) == isinstance(method, cppo.CPPO)
+            assert ("bound/within_fraction" in values) == (
+                isinstance(method, cppo.CPPO) and method.divergence != "binary_kl"
+            )
 
 
 def test_one_response_by_hand():
@@ -165,8 +176,9 @@ def test_parts_that_count_different_things_do_not_add_up():
     plain, rewarded = batch.decide(cppo.CPPO()), torch.zeros(9)
     with pytest.raises(ValueError, match="all with rewards or none"):
         bound_tally(plain) + bound_tally(plain, reward=rewarded)
-    with pytest.raises(ValueError, match="of one method"):
-        bound_tally(plain) + bound_tally(batch.decide(cppo.GRPO()))
+    for other in (cppo.GRPO(), cppo.CPPO(divergence="binary_kl"), cppo.CPPO(delta=0.2)):
+        with pytest.raises(ValueError, match="of one method"):
+            bound_tally(plain) + bound_tally(batch.decide(other))
 
 
 @pytest.mark.parametrize("empty", [[], [Response(*[()] * 6)] * 2, [Response((-1.0,), (-2.0,), (1.0,))]])
@@ -203,6 +215,33 @@ def test_limits_of_one_and_ratios_beyond_any_float():
     assert all(map(math.isfinite, values.values()))
 
 
+def test_a_token_that_the_policy_cannot_write_is_the_largest_drift_not_none():
+    half = math.log(0.5)
+    gone = Response((-INF,) * 3, (half,) * 3, (1.0,) * 3, (0.6, 0.7, NAN))
+    rest = drifting_batch(seed=66, lengths=(4, 6))
+    for batch in (padded([gone, *rest]), packed([gone, *rest])):
+        whole = found(batch, cppo.CPPO(), [1.0, 0.0, 0.0])
+        assert all(map(math.isfinite, whole.values()))
+    alone = found(padded([gone]), cppo.CPPO(), [1.0])
+    assert alone["bound/residual_pathwise"] == XI * 3 == theory.residual_bound_pathwise([0, 0, 0], xi=XI)
+    assert alone["bound/drift"] == pytest.approx(1.5)
+    assert (alone["bound/surrogate"], alone["bound/residual_sampled"]) == (-3.0, -2.0)
+    assert alone["bound/within_fraction"] == 0.0  # nothing that the rule could measure
+    assert found(padded([gone]), cppo.DPPO(divergence="exact_tv"))["bound/drift"] == pytest.approx(1.3)
+    # As far as a float goes: the same.
+    close = Response((-700.0,) * 3, (half,) * 3, (1.0,) * 3)
+    for name, value in found(padded([close]), cppo.CPPO(), [1.0]).items():
+        assert alone[name] == pytest.approx(value), name
+
+
+def test_what_is_no_log_prob_is_neither_within_nor_outside():
+    broken = Response((-1.0, NAN, -1.0), (-1.0, -1.0, -INF), (1.0,) * 3)
+    values = found(padded([broken]), cppo.CPPO(), [1.0])
+    assert values.pop("bound/within_fraction") == 1.0  # one of one
+    assert values.pop("bound/horizon") == 3
+    assert set(values.values()) == {0.0}
+
+
 def test_small_drifts_keep_their_digits():
     tiny = 3 * 2.0**-53  # -1 + tiny is a float64; exp(tiny) is not: exp(tiny) - 1 is a third too large
     values = found(padded([Response((-1.0 + tiny,) * 3, (-1.0,) * 3, (1.0,) * 3)]), cppo.CPPO(), [1.0])
@@ -218,12 +257,25 @@ def test_the_sampler_is_meant_where_the_mismatch_is_corrected():
     wanted = expected(responses, cppo.GRPO())
     for name in ("drift", "residual_product", "residual_pathwise"):
         assert values[f"bound/{name}"].item() == pytest.approx(wanted[f"bound/{name}"], rel=1e-11)
+    assert "bound/within_fraction" not in values  # Z_t is taken to the proximal policy
 
 
 def test_bad_rewards_and_cut_responses_are_refused():
     decision = padded(drifting_batch(seed=65)).decide(cppo.CPPO())
     with pytest.raises(ValueError, match=r"^reward: expected one a response, \[9\], got \[3\]$"):
         certificate(decision, xi=XI, reward=torch.zeros(3))
+    with pytest.raises(TypeError, match=r"^reward: expected a torch.Tensor, got list$"):
+        certificate(decision, xi=XI, reward=[1.0] * 9)
+    with pytest.raises(TypeError, match=r"^reward: expected real numbers, got torch.complex64$"):
+        certificate(decision, xi=XI, reward=torch.zeros(9, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"^reward: expected logp's device cpu, got meta$"):
+        certificate(decision, xi=XI, reward=torch.zeros(9, device="meta"))
+    for xi in (-1, NAN, INF):
+        with pytest.raises(ValueError, match=rf"^xi={xi!r}: expected a number in \[0, inf\)$"):
+            certificate(decision, xi=xi)
+    for xi in ("1", True, None):
+        with pytest.raises(TypeError, match=rf"^xi={xi!r}: expected a number in \[0, inf\)$"):
+            certificate(decision, xi=xi)
     cut = types.SimpleNamespace(batch=types.SimpleNamespace(layout=types.SimpleNamespace(sharded=True)), trace=None)
     with pytest.raises(
         ValueError, match=r"^decision: expected whole responses, got responses that are cut over ranks$"

@@ -26,7 +26,19 @@ HEAVY = (
     "rich",
     "scipy",
 )
-CORE = ("methods", "specs", "inputs", "rules", "decision", "objective", "metrics", "certificate", "theory", "ops")
+CORE = (
+    "methods",
+    "specs",
+    "checks",
+    "inputs",
+    "rules",
+    "decision",
+    "objective",
+    "metrics",
+    "certificate",
+    "theory",
+    "ops",
+)
 FILES = sorted(ROOT.rglob("*.py"))
 
 

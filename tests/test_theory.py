@@ -8,6 +8,7 @@ import random
 import re
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from cppo import theory
@@ -714,6 +715,28 @@ def test_sequences_of_different_lengths_are_refused():
             refused(ValueError, message, function, mean_divergence=u, limit=limit)
     message = "position_weight: expected as many numbers as in threshold, 1, got 2"
     refused(ValueError, message, theory.largest_limit, threshold=[0.1], position_weight=[1.0, 0.9])
+
+
+def test_narrow_numbers_of_numpy_are_computed_as_pythons():
+    assert theory.improvement_penalty(xi=np.int64(1), T=np.int32(40_000), lbar=0.1, delta_b=0.02) == pytest.approx(
+        6_399_840.0
+    )
+    assert theory.uniform_threshold_penalty(xi=1, T=np.int32(40_000), delta=0.15) == pytest.approx(
+        2 * 4e4 * 39_999 * 0.0225
+    )
+    assert theory.residual_coefficient(xi=np.uint8(1), T=np.uint8(200), lbar=np.uint8(1))[0] == 796
+    assert theory.residual_bound_pathwise([np.uint8(0), np.uint8(3)], xi=1) == 2
+    assert theory.linear_position_weight(T=np.uint8(200), w_min=0.5)[-1] == 0.5
+    ratio = [np.float32(1.1)] * 5000
+    found = theory.residual_bound_pathwise(ratio, xi=np.float32(0.5))
+    assert type(found) is float
+    assert found == pytest.approx(theory.residual_bound_pathwise([float(r) for r in ratio], xi=0.5), rel=1e-12)
+    limit = [np.float32(0.3)] * 5
+    assert theory.suffix_tv_union(limit) == theory.suffix_tv_union([float(x) for x in limit])
+
+
+def test_knobs_whose_product_is_no_number_still_have_a_ratio():
+    assert theory.rule_ratio(delta=1e-200, delta_b=1e-300, w_min=1e-200) == pytest.approx(1e100)
 
 
 def test_the_ends_of_the_ranges_are_allowed():

@@ -12,7 +12,7 @@ u_t the mean of D_t by position (0 after a response's end), l_t its largest valu
 | ``bound/residual_union`` | 4 xi sum_t u_t sum_{j>t} l_j, Prop. 4 |
 | ``bound/residual_uniform`` | 4 xi lbar sum_t (T - t) u_t, Prop. 4 with one limit |
 | ``bound/residual_pathwise`` | xi mean sum_{t<j} abs(rho_t - 1) abs(rho_j - 1), ``theory.residual_bound_pathwise`` |
-| ``bound/within_fraction`` | share of tokens with Z_t <= c_t, Theorem 1's premise; CPPO alone |
+| ``bound/within_fraction`` | share of tokens with Z_t <= c_t, whichever way they move: CPPO with a TV to mu alone |
 | ``bound/surrogate`` | L' = mean R sum_t (rho_t - 1); this and the next three where rewards are given |
 | ``bound/residual_sampled`` | Delta = L' - mean R (rho_{1:T} - 1) itself, signed |
 | ``bound/improvement_product`` | L' - residual_product: the lower bound on J(pi) - J(mu) |
@@ -24,24 +24,33 @@ they are a certificate with the exact TV alone, and even then in expectation and
 path and of which a batch's largest is a lower estimate. The pathwise residual has neither flaw: for pi << mu its mean
 over mu is a bound, estimated without bias from the sampled tokens (the exponent of rho is clamped at 20), if with the
 noise of a product of ratios. Where a trainer leaves responses out (groups with equal rewards), all of it is about those
-left in.
+left in. Z_t <= c_t at every token of every path is one premise of Theorem 1; the other, on S_m, is not measured.
+
+A token whose log pi is -inf has rho = 0. One that cannot be measured (log pi is NaN or +inf, or log mu not finite;
+``input/nonfinite`` counts them) has rho = 1 and D = 0; of these and of the former ``within_fraction`` says nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .checks import checked_number
 from .decision import Decision
+from .inputs import Batch
+from .methods import Method
 from .ops.divergence import binary_tv
 from .ops.layout import accumulation_dtype
 from .ops.ratios import MAX_LOG_RATIO
 
+# log rho of a token that pi cannot write: exp of it is 0, and a running sum over its neighbours stays finite.
+_GONE = -1e4
 # What is summed over responses or tokens, in this order.
-_RESPONSES, _TOKENS, _WITHIN, _PATHWISE, _SURROGATE, _IMPROVEMENT = range(6)
+_RESPONSES, _MEASURABLE, _WITHIN, _PATHWISE, _SURROGATE, _IMPROVEMENT = range(6)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +61,8 @@ class BoundTally:
     limit: Tensor  # [P]: its largest value
     longest: Tensor  # 0-d: T
     sums: Tensor  # [6]
-    judged: bool  # the method has a threshold c_t on Z_t
+    method: Method
+    judged: bool  # it has a threshold c_t on Z_t, of a TV to mu
     rewarded: bool
 
     def __add__(self, other: BoundTally) -> BoundTally:
@@ -61,7 +71,7 @@ class BoundTally:
         Raises:
             ValueError: if the parts count different things.
         """
-        if (self.judged, self.rewarded) != (other.judged, other.rewarded):
+        if (self.method, self.judged, self.rewarded) != (other.method, other.judged, other.rewarded):
             raise ValueError("bound tally: expected parts of one method, all with rewards or none")
         width = max(len(self.limit), len(other.limit))
 
@@ -81,7 +91,12 @@ class BoundTally:
 
         Args:
             xi: half the reward's range: 1/2 for rewards in {0, 1}.
+
+        Raises:
+            TypeError: if ``xi`` is no number.
+            ValueError: if it is not in [0, inf).
         """
+        xi = checked_number("xi", xi, 0)
         sums = self.sums.unbind()
         responses = sums[_RESPONSES].clamp(min=1)
         u, limit = self.divergence / responses, self.limit
@@ -101,7 +116,7 @@ class BoundTally:
             "bound/residual_pathwise": pathwise,
         }
         if self.judged:
-            found["bound/within_fraction"] = sums[_WITHIN] / sums[_TOKENS].clamp(min=1)
+            found["bound/within_fraction"] = sums[_WITHIN] / sums[_MEASURABLE].clamp(min=1)
         if self.rewarded:
             surrogate = sums[_SURROGATE] / responses
             found |= {
@@ -130,53 +145,68 @@ def bound_tally(decision: Decision, *, reward: Tensor | None = None) -> BoundTal
     """Return the sums behind :func:`certificate`; those of the parts of a batch add up.
 
     Raises:
-        ValueError: for responses that are cut over ranks, or rewards of another shape.
+        TypeError: if ``reward`` is no tensor, or one of complex numbers.
+        ValueError: for responses that are cut over ranks, or rewards of another shape or device.
     """
     batch, layout, trace = decision.batch, decision.batch.layout, decision.trace
     if layout.sharded:
         raise ValueError("decision: expected whole responses, got responses that are cut over ranks")
-    if reward is not None and reward.shape != layout.lengths.shape:
-        raise ValueError(f"reward: expected one a response, {list(layout.lengths.shape)}, got {list(reward.shape)}")
+    if reward is not None:
+        _check_reward(reward, layout.lengths)
     wide = accumulation_dtype(layout.mask.device)
-    log_ratio = (batch.logp - batch.rollout_logp).to(wide)
-    log_ratio = torch.where(layout.mask & log_ratio.isfinite(), log_ratio, 0.0)
+    known = layout.mask & batch.rollout_logp.isfinite() & (batch.logp < math.inf)  # NaN is below nothing
+    log_ratio = torch.where(known, (batch.logp - batch.rollout_logp).to(wide).clamp(min=_GONE), 0.0)
     excess = torch.expm1(log_ratio.clamp(max=MAX_LOG_RATIO))  # rho_t - 1
     gap = excess.abs()
-    judged = trace.weighted_divergence is not None and trace.threshold is not None
-    within = layout.mask.new_zeros(())
-    if trace.weighted_divergence is not None and trace.threshold is not None:
-        within = (trace.weighted_divergence.to(trace.threshold.dtype) <= trace.threshold) & layout.mask
+    # As the rule takes it: what has a number of every kind.
+    measurable = known & batch.logp.isfinite()
+    if batch.divergence is not None:
+        measurable &= batch.divergence.isfinite()
+    tv = getattr(decision.method, "divergence", "").endswith("_tv") and batch.anchor_logp is batch.rollout_logp
+    judged, within = False, layout.mask.new_zeros(())
+    if tv and trace.weighted_divergence is not None and trace.threshold is not None:
+        judged = True
+        within = (trace.weighted_divergence.to(trace.threshold.dtype) <= trace.threshold) & measurable
     leads = layout.leads
     reward = layout.lengths.new_zeros(()) if reward is None else torch.where(leads, reward, 0.0)
     whole = torch.expm1(layout.total(log_ratio).clamp(max=MAX_LOG_RATIO))  # rho_{1:T} - 1
     parts = {
         _RESPONSES: leads,
-        _TOKENS: layout.lengths,
+        _MEASURABLE: measurable,
         _WITHIN: within,
         _PATHWISE: gap * layout.prior_sum_(gap.clone()),
         _SURROGATE: reward * layout.total(excess),
         _IMPROVEMENT: reward * whole,
     }
-    divergence, limit = _by_position(decision)
+    own = batch.divergence if tv else None
+    divergence, limit = _by_position(batch, binary_tv(batch.logp, batch.rollout_logp) if own is None else own, known)
     return BoundTally(
         divergence=divergence,
         limit=limit,
         longest=layout.lengths.max().to(wide) if len(layout.lengths) else limit.new_zeros(()),
         sums=torch.stack([values.sum().to(wide) for _, values in sorted(parts.items())]),
+        method=decision.method,
         judged=judged,
         rewarded=reward.dim() > 0,
     )
 
 
-def _by_position(decision: Decision) -> tuple[Tensor, Tensor]:
+def _check_reward(reward: object, lengths: Tensor) -> None:
+    if not isinstance(reward, Tensor):
+        raise TypeError(f"reward: expected a torch.Tensor, got {type(reward).__name__}")
+    if reward.is_complex():
+        raise TypeError(f"reward: expected real numbers, got {reward.dtype}")
+    if reward.shape != lengths.shape:
+        raise ValueError(f"reward: expected one a response, {list(lengths.shape)}, got {list(reward.shape)}")
+    if reward.device != lengths.device:
+        raise ValueError(f"reward: expected logp's device {lengths.device}, got {reward.device}")
+
+
+def _by_position(batch: Batch, measured: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sum over responses and the largest value of D_t at each position, ``[P]``, P >= the longest."""
-    batch, layout = decision.batch, decision.batch.layout
-    measured = decision.trace.divergence
-    own = getattr(decision.method, "divergence", "").endswith("_tv") and batch.anchor_logp is batch.rollout_logp
-    if measured is None or not own:
-        known = layout.mask & (batch.logp - batch.rollout_logp).isfinite()
-        measured = torch.where(known, binary_tv(batch.logp, batch.rollout_logp), 0.0)
-    values = measured.reshape(-1).to(accumulation_dtype(measured.device)).clamp(max=1.0)
+    layout = batch.layout
+    values = torch.where(known & measured.isfinite(), measured, 0.0).reshape(-1)
+    values = values.to(accumulation_dtype(measured.device)).clamp(min=0.0, max=1.0)
     place = layout.position(torch.int64).reshape(-1).clamp(min=0)  # padding holds 0, wherever it goes
     empty = values.new_zeros(max(layout.shape[-1], 2))  # no fewer than two, so that there is a largest limit
     return empty.index_add(0, place, values), empty.scatter_reduce(0, place, values, "amax")

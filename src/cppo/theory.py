@@ -12,17 +12,18 @@ Ranges: xi, lbar, eta and delta_b in [0, inf), delta in (0, inf), w_min in (0, 1
 have T >= 1 entries, t = 1 first, with u_t and l_t in [0, 1], w_t in (0, inf), c_t in [0, inf). TypeError for what is no
 number or no sequence, ValueError for what lies outside or differs in length; both name the argument.
 
-Numerics: Python floats; sums and products of terms >= 0, so nothing cancels and the relative error is at most a few
-T 2^-53. ``fractions.Fraction`` in gives the exact Fraction out.
+Numerics: Python floats, whatever the width of the numbers given; sums and products of terms >= 0, so nothing cancels
+and the relative error is at most a few T 2^-53, while no intermediate leaves the range of a float: beyond it the answer
+is inf, or nan where 0 times that is asked for. ``fractions.Fraction`` in gives the exact Fraction out.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from .checks import checked_integer, checked_number
 
 
 def suffix_tv_product(limit: Sequence[float]) -> list[float]:
@@ -57,9 +58,8 @@ def residual_bound_pathwise(ratio: Sequence[float], *, xi: float) -> float:
     tokens alone, no limit and no divergence: the mean over a batch estimates a bound without bias, and with a variance
     that grows with the ratios. ``ratio`` is rho_1..rho_T, each in [0, inf).
     """
-    _check(xi=xi)
-    _check_each("ratio", ratio, 0, math.inf)
-    gap = [abs(rho - 1) for rho in ratio]
+    (xi,) = _checked(xi=xi)
+    gap = [abs(rho - 1) for rho in _checked_each("ratio", ratio, 0, math.inf)]
     # |rho_1 - 1| + .. + |rho_{t-1} - 1| before each token; a zero of the entries' own type.
     before = itertools.accumulate(gap[:-1], initial=0 * gap[0])
     return xi * sum(g * b for g, b in zip(gap, before, strict=True))
@@ -67,15 +67,16 @@ def residual_bound_pathwise(ratio: Sequence[float], *, xi: float) -> float:
 
 def residual_coefficient(*, xi: float, T: int, lbar: float) -> list[float]:
     """Return lambda_t = 4 xi lbar (T - t) for t = 1..T; Prop. 4 with one limit for all tokens. The last is 0."""
-    _check(xi=xi, T=T, lbar=lbar)
+    T = checked_integer("T", T, 1)
+    xi, lbar = _checked(xi=xi, lbar=lbar)
     return [4 * xi * lbar * (T - t) for t in range(1, T + 1)]
 
 
 def residual_bound_uniform(mean_divergence: Sequence[float], *, xi: float, lbar: float) -> float:
     """Return sum_{t<T} lambda_t u_t >= |Delta|; Prop. 4 with lbar for every l_t, so never below the others."""
-    _check_each("mean_divergence", mean_divergence, 0, 1)
-    coefficient = residual_coefficient(xi=xi, T=len(mean_divergence), lbar=lbar)
-    return sum(c * u for c, u in zip(coefficient, mean_divergence, strict=True))
+    mean = _checked_each("mean_divergence", mean_divergence, 0, 1)
+    coefficient = residual_coefficient(xi=xi, T=len(mean), lbar=lbar)
+    return sum(c * u for c, u in zip(coefficient, mean, strict=True))
 
 
 def largest_limit(threshold: Sequence[float], position_weight: Sequence[float]) -> float:
@@ -86,15 +87,15 @@ def largest_limit(threshold: Sequence[float], position_weight: Sequence[float]) 
             then says nothing and a ValueError is raised.
         position_weight: w_t.
     """
-    _check_each("threshold", threshold, 0, math.inf)
-    _check_each("position_weight", position_weight, 0, math.inf, low_open=True)
+    limits = _checked_each("threshold", threshold, 0, math.inf)
+    weights = _checked_each("position_weight", position_weight, 0, math.inf, low_open=True)
     _check_length("position_weight", position_weight, "threshold", threshold)
-    return max(c / w for c, w in zip(threshold, position_weight, strict=True))
+    return max(c / w for c, w in zip(limits, weights, strict=True))
 
 
 def largest_limit_of_rule(*, delta: float, w_min: float) -> float:
     """Return lbar = delta / w_min, which ``largest_limit`` never exceeds under Eqs. 8 and 9; Theorem 1."""
-    _check(delta=delta, w_min=w_min)
+    delta, w_min = _checked(delta=delta, w_min=w_min)
     return delta / w_min
 
 
@@ -104,7 +105,8 @@ def improvement_penalty(*, xi: float, T: int, lbar: float, delta_b: float) -> fl
     Premises: w_t D_t <= c_t for all t; w_1 D_1 + .. + w_m D_m <= delta_b W_m for all m < T; ``meets_monotonicity(w)``.
     The penalty is sum_t lambda_t u_t at u_t = delta_b, the worst that the premises allow.
     """
-    _check(xi=xi, T=T, lbar=lbar, delta_b=delta_b)
+    T = checked_integer("T", T, 1)
+    xi, lbar, delta_b = _checked(xi=xi, lbar=lbar, delta_b=delta_b)
     return 2 * xi * T * (T - 1) * lbar * delta_b
 
 
@@ -113,7 +115,8 @@ def linear_position_weight(*, T: int, w_min: float) -> list[float]:
 
     Computed as (T - t + w_min (t - 1)) / (T - 1), which is the same number and stays positive for any w_min.
     """
-    _check(T=T, w_min=w_min)
+    T = checked_integer("T", T, 1)
+    (w_min,) = _checked(w_min=w_min)
     steps = max(T - 1, 1)
     return [(steps - i + w_min * i) / steps for i in range(T)]
 
@@ -124,11 +127,9 @@ def meets_monotonicity(position_weight: Sequence[float]) -> bool:
     Compared as (T - t) w_{t+1} >= (T - t - 1) w_t: rounding the comparison never makes a True False; a violation that
     one rounding hides can pass. The entries count as given: Eq. 9's own rounding can break it for w_min < T 2^-52.
     """
-    _check_each("position_weight", position_weight, 0, math.inf, low_open=True)
-    left = range(len(position_weight) - 1, 0, -1)  # T - t for t = 1..T-1
-    return all(
-        n * after >= (n - 1) * w for n, (w, after) in zip(left, itertools.pairwise(position_weight), strict=True)
-    )
+    weights = _checked_each("position_weight", position_weight, 0, math.inf, low_open=True)
+    left = range(len(weights) - 1, 0, -1)  # T - t for t = 1..T-1
+    return all(n * after >= (n - 1) * w for n, (w, after) in zip(left, itertools.pairwise(weights), strict=True))
 
 
 def linear_monotonicity_gap(*, T: int, w_min: float) -> list[float]:
@@ -142,13 +143,14 @@ def linear_monotonicity_gap(*, T: int, w_min: float) -> list[float]:
 
 def uniform_threshold_penalty(*, xi: float, T: int, delta: float) -> float:
     """Return 2 xi T (T - 1) delta^2, the bound on |Delta| that D_t <= delta alone gives; Cor. 6/7."""
-    _check(xi=xi, T=T, delta=delta)
+    T = checked_integer("T", T, 1)
+    xi, delta = _checked(xi=xi, delta=delta)
     return 2 * xi * T * (T - 1) * delta * delta
 
 
 def uniform_limit_ratio(*, delta: float, delta_b: float) -> float:
     """Return delta_b / delta: Theorem 1's penalty at lbar = delta over the uniform threshold's; Cor. 6/7."""
-    _check(delta=delta, delta_b=delta_b)
+    delta, delta_b = _checked(delta=delta, delta_b=delta_b)
     return delta_b / delta
 
 
@@ -158,8 +160,8 @@ def rule_ratio(*, delta: float, delta_b: float, w_min: float) -> float:
     Below 1, the tighter bound, when delta_b < delta w_min. This is Theorem 1's constant alone. Eq. 8 lets a prefix
     overdraw by up to delta; with that slack (``slack_penalty``, w_1 = 1) the ratio grows by 2 / (T w_min).
     """
-    _check(delta=delta, delta_b=delta_b, w_min=w_min)
-    return delta_b / (delta * w_min)
+    delta, delta_b, w_min = _checked(delta=delta, delta_b=delta_b, w_min=w_min)
+    return delta_b / delta / w_min  # the product of two small knobs can be 0
 
 
 def slack_penalty(*, xi: float, T: int, lbar: float, eta: float, w_1: float = 1) -> float:
@@ -173,7 +175,8 @@ def slack_penalty(*, xi: float, T: int, lbar: float, eta: float, w_1: float = 1)
             eta = max(0, delta - delta_b min_m w_m) <= delta.
         w_1: the first weight, in (0, inf); 1 in Eq. 9.
     """
-    _check(xi=xi, T=T, lbar=lbar, eta=eta, w_1=w_1)
+    T = checked_integer("T", T, 1)
+    xi, lbar, eta, w_1 = _checked(xi=xi, lbar=lbar, eta=eta, w_1=w_1)
     return eta * 4 * xi * lbar * (T - 1) / w_1
 
 
@@ -183,57 +186,36 @@ def trm_avg_factor(*, T: int) -> float:
     At w = 1, attained by u = ((T - 1) delta_b, 0, .., 0). T in [2, inf); both penalties are 0 for T = 1. A mean over
     all T tokens, as TRM-Avg itself takes it, lets u_1 reach T delta_b: the factor is then 2.
     """
-    _check_integer("T", T, 2)
-    return 2 - 2 / T
+    return 2 - 2 / checked_integer("T", T, 2)
 
 
 def _from_the_end(limit: Sequence[float], step: Callable[[float, float], float]) -> list[float]:
-    _check_each("limit", limit, 0, 1)
+    limits = _checked_each("limit", limit, 0, 1)
     # A zero of the entries' own type, so that fractions stay fractions.
-    return list(itertools.accumulate(reversed(limit[1:]), step, initial=0 * limit[-1]))[::-1]
+    return list(itertools.accumulate(reversed(limits[1:]), step, initial=0 * limits[-1]))[::-1]
 
 
 def _residual(mean_divergence: Sequence[float], suffix: Sequence[float], xi: float) -> float:
-    _check(xi=xi)
-    _check_each("mean_divergence", mean_divergence, 0, 1)
-    _check_length("mean_divergence", mean_divergence, "limit", suffix)
-    return 4 * xi * sum(u * tv for u, tv in zip(mean_divergence, suffix, strict=True))
+    (xi,) = _checked(xi=xi)
+    mean = _checked_each("mean_divergence", mean_divergence, 0, 1)
+    _check_length("mean_divergence", mean, "limit", suffix)
+    return 4 * xi * sum(u * tv for u, tv in zip(mean, suffix, strict=True))
 
 
-def _check(**given: float) -> None:
-    for name, value in given.items():
-        if name == "T":
-            _check_integer(name, value, 1)
-        else:
-            _check_number(name, value, 0, 1 if name == "w_min" else math.inf, name in ("delta", "w_min", "w_1"))
+def _checked(**given: float) -> list[float]:
+    """Return the numbers given, in their order."""
+    return [
+        checked_number(name, value, 0, 1 if name == "w_min" else math.inf, low_open=name in ("delta", "w_min", "w_1"))
+        for name, value in given.items()
+    ]
 
 
-def _check_integer(name: str, value: object, low: int) -> None:
-    wrong = f"{name}={value!r}: expected an integer in [{low}, inf)"
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(wrong)
-    if int(value) < low:
-        raise ValueError(wrong)
-
-
-def _check_number(name: str, value: Any, low: float, high: float, low_open: bool) -> None:
-    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
-    wrong = f"{name}={value!r}: expected a number in {interval}"
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number:
-        raise TypeError(wrong)
-    inside = (low < value if low_open else low <= value) and value <= high and value < math.inf
-    if not inside:  # also NaN
-        raise ValueError(wrong)
-
-
-def _check_each(name: str, values: object, low: float, high: float, *, low_open: bool = False) -> None:
+def _checked_each(name: str, values: object, low: float, high: float, *, low_open: bool = False) -> list[float]:
     if not isinstance(values, Sequence):
         raise TypeError(f"{name}={values!r}: expected a sequence of numbers")
     if not values:
         raise ValueError(f"{name}={values!r}: expected at least one number")
-    for t, value in enumerate(values):
-        _check_number(f"{name}[{t}]", value, low, high, low_open)
+    return [checked_number(f"{name}[{t}]", value, low, high, low_open=low_open) for t, value in enumerate(values)]
 
 
 def _check_length(name: str, values: Sequence[float], other: str, others: Sequence[float]) -> None:

@@ -1,5 +1,6 @@
 """No statement is violated; every statement is, once the bound that it takes from the package is weakened."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -140,6 +141,26 @@ def test_a_weaker_bound_is_reported(monkeypatch, statement, function, factor):
     assert found["Lemma 2"] == found["Eq. 8 in decide()"] == 0  # they ask nothing of cppo.theory
 
 
+# These enter what is computed in fractions, which take no such number.
+IN_FRACTIONS = ("largest_limit", "largest_limit_of_rule", "linear_position_weight", "trm_avg_factor")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("statement", "function"), [pair for pair in WEAKENED if pair[1] not in IN_FRACTIONS], ids=" by ".join
+)
+def test_a_bound_that_is_no_number_is_reported(monkeypatch, statement, function, value):
+    right = getattr(theory, function)
+
+    def answer(*arguments, **named):
+        found = right(*arguments, **named)
+        return [value] * len(found) if isinstance(found, list) else value
+
+    monkeypatch.setattr(theory, function, answer)
+    with np.errstate(invalid="ignore"):
+        assert failures(instances=20)[statement] > 0
+
+
 @pytest.mark.parametrize("answer", [True, False])
 def test_a_wrong_monotonicity_is_reported(monkeypatch, answer):
     monkeypatch.setattr(theory, "meets_monotonicity", lambda weight: answer)
@@ -175,6 +196,7 @@ def test_one_comparison_is_judged_as_it_says():
     assert judged([[1.0, 3.0]], [2.0, 2.0], scale=np.array([4.0])) == ([[-0.25, 0.25]], [])
     assert judged([1e-10, 1e-8], [1.0, 1.0], measured=True)[1] == [1e8]
     assert judged([0.0], [0.0], scale=np.array([0.0])) == ([0.0], [])
+    assert judged([1.0, 1.0, math.nan], [math.nan, math.inf, 1.0])[0] == [math.inf] * 3
 
 
 def test_the_same_seed_gives_the_same_verdicts_and_another_seed_others():

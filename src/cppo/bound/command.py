@@ -65,7 +65,8 @@ def constants(
     delta_b: Annotated[float | None, typer.Option(help="Prefix budget; default 0.02.")] = None,
     w_min: Annotated[float | None, typer.Option(help="Smallest position weight; default 0.8.")] = None,
     xi: Annotated[
-        float | None, typer.Option(help="Half the reward's range; default 1/2 (rewards 0 and 1), or the run's.")
+        float | None,
+        typer.Option(help="Half the reward's range; default 1/2 (rewards 0 and 1); of a run, of those seen."),
     ] = None,
     run: Annotated[Path | None, typer.Option(help="A run's folder: its settings, lengths and budgets.")] = None,
     as_json: AsJson = False,
@@ -96,7 +97,7 @@ def constants(
         settings = (Setting("given", length, *knobs),)
     rows = [of(setting, 0.5 if xi is None else xi) for setting in settings]
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        typer.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=2, allow_nan=False))
     else:
         print_constants(rows, _console(stderr=False))
 
@@ -113,6 +114,6 @@ def _print_run(path: Path, xi: float | None, *, as_json: bool) -> None:
         bar = progress.add_task("reading", total=Log.open(path).responses)
         found = run_constants(path, spec, parse_method(spec), xi, progress=lambda read: progress.advance(bar, read))
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=2, allow_nan=False))
     else:
         print_run(found, _console(stderr=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cppo.inspect.reading import Chunk, Log
 from cppo.inspect.replay import decide_chunk, replayable
 from cppo.methods import CPPO, DPPO, Method
 
-_LONGEST = 1 << 40  # tokens: where the search for the longest response that is bounded ends
+_LONGEST = 1 << 40  # tokens: where the search for the longest response ends, and what is taken for a length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,13 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-    """The constants at one setting. A constant above the reward's range 2 xi says nothing: it is vacuous."""
+    """The constants at one setting, and what they can show.
+
+    J(pi) - J(mu) >= L' - total. The rule that limits the drift limits L' too: |L'| <= 2 xi sum_t u_t, and sum_t u_t is
+    at most (delta + delta_b W_{T-1}) / w_min under Eq. 8, T min(1, delta / w_min) under any threshold. So the
+    lower bound can be above 0 only where total is below that ``promise``, and says anything at all, more than -2 xi,
+    only where it is below 2 xi + promise.
+    """
 
     label: str
     T: int
@@ -41,13 +48,14 @@ class Constants:
     xi: float
     penalty: float | None  # Theorem 1: 2 xi T (T - 1) lbar delta_b, lbar = delta / w_min
     slack: float | None  # Prop. 8: what Eq. 8's overdraft adds
-    total: float | None  # their sum: what holds for the rule as implemented
+    total: float | None  # what holds for the rule as implemented: their sum, or what D_t <= delta / w_min gives if less
     uniform: float  # 2 xi T (T - 1) delta^2: D_t <= delta alone
     ratio: float | None  # penalty / uniform: Cor. 7
     total_ratio: float | None  # total / uniform
-    vacuous: bool  # total (or uniform, where there is none) > 2 xi
-    longest: int  # the longest response of which total says something
-    uniform_longest: int  # the same of the uniform threshold
+    promise: float  # the largest L' within the rule
+    vacuous: bool  # total (uniform, where there is none) >= 2 xi + promise
+    longest: int | None  # the longest response for which a gain can be shown, total < promise; None: 2^40 or more
+    uniform_longest: int | None  # the same of the uniform threshold
 
 
 # The settings of the paper's experiments (METHOD: lengths of 8k and 16k), an adaptive budget at either end.
@@ -66,10 +74,14 @@ def overdraft(*, delta: float, delta_b: float, w_min: float, T: int) -> float:
     return max(0.0, delta - delta_b * smallest)
 
 
-def _penalties(setting: Setting, T: int, xi: float) -> tuple[float, float] | None:
-    """Return Theorem 1's penalty and Prop. 8's slack at a length; None without a budget."""
-    if setting.delta_b is None:
-        return None
+def _uniform(limit: float, T: int, xi: float) -> tuple[float, float]:
+    """Return the constant of D_t <= limit, and the largest L' within it."""
+    return theory.uniform_threshold_penalty(xi=xi, T=T, delta=limit), 2 * xi * T * min(1.0, limit)
+
+
+def _penalties(setting: Setting, T: int, xi: float) -> tuple[float, float]:
+    """Return Theorem 1's penalty and Prop. 8's slack at a length."""
+    assert setting.delta_b is not None
     knobs = {"delta": setting.delta, "w_min": setting.w_min}
     lbar = theory.largest_limit_of_rule(**knobs)
     eta = overdraft(**knobs, delta_b=setting.delta_b, T=T)
@@ -79,14 +91,34 @@ def _penalties(setting: Setting, T: int, xi: float) -> tuple[float, float] | Non
     )
 
 
-def _longest(penalty: Callable[[int], float]) -> int:
-    """Return the largest T whose penalty, growing in T, is at most the range of a reward with xi = 1/2, which is 1."""
+def _of_rule(setting: Setting, T: int, xi: float) -> tuple[float, float]:
+    """Return the constant of a setting's rule, and the largest L' within it."""
+    if setting.delta_b is None:
+        return _uniform(setting.delta, T, xi)
+    limited, promise = _uniform(setting.delta / setting.w_min, T, xi)
+    prior_weights = T * (1 + setting.w_min) / 2 - setting.w_min if T > 1 else 0.0  # W_{T-1}
+    spent = (setting.delta + setting.delta_b * prior_weights) / setting.w_min
+    return min(sum(_penalties(setting, T, xi)), limited), min(promise, 2 * xi * spent)
+
+
+def _longest(of: Callable[[int], tuple[float, float]]) -> int | None:
+    """Return the largest T whose constant is below what can be promised; None where no end was found.
+
+    Constants are convex in T and promises concave, both from T = 1 on, where the constant is 0: there is one end.
+    """
+
+    def shows(T: int) -> bool:
+        constant, promise = of(T)
+        return constant < promise
+
     low, high = 1, 2
-    while high < _LONGEST and penalty(high) <= 1:
+    while shows(high):
         low, high = high, 2 * high
+        if low >= _LONGEST:
+            return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if penalty(middle) <= 1 else (low, middle)
+        low, high = (middle, high) if shows(middle) else (low, middle)
     return low
 
 
@@ -94,27 +126,32 @@ def constants(setting: Setting, xi: float) -> Constants:
     """Return the constants at a setting for rewards of half range ``xi``.
 
     Raises:
-        ValueError: naming the knob that is out of range.
+        ValueError: naming the knob that is out of range, or all of them where a constant is beyond what a float holds.
     """
-    uniform = theory.uniform_threshold_penalty(xi=xi, T=setting.T, delta=setting.delta)
-    uniform_longest = _longest(lambda T: theory.uniform_threshold_penalty(xi=0.5, T=T, delta=setting.delta))
-    found = _penalties(setting, setting.T, xi)
-    total = None if found is None else sum(found)
-    ratio = None
+    uniform = theory.uniform_threshold_penalty(xi=xi, T=min(setting.T, _LONGEST), delta=setting.delta)
+    if setting.T > _LONGEST:
+        raise ValueError(f"T={setting.T}: expected a length of at most {_LONGEST:,} tokens")
+    penalty = slack = ratio = None
     if setting.delta_b is not None:
+        penalty, slack = _penalties(setting, setting.T, xi)
         ratio = theory.rule_ratio(delta=setting.delta, delta_b=setting.delta_b, w_min=setting.w_min)
+    of_rule, promise = _of_rule(setting, setting.T, xi)
+    if not all(map(math.isfinite, (uniform, penalty or 0, slack or 0, ratio or 0, of_rule, promise))):
+        knobs = ", ".join(f"{name}={getattr(setting, name)!r}" for name in ("T", "delta", "delta_b", "w_min"))
+        raise ValueError(f"{knobs}, xi={xi!r}: expected knobs whose constants a float can hold")
     return Constants(
         **dataclasses.asdict(setting),
         xi=xi,
-        penalty=None if found is None else found[0],
-        slack=None if found is None else found[1],
-        total=total,
+        penalty=penalty,
+        slack=slack,
+        total=None if penalty is None else of_rule,
         uniform=uniform,
         ratio=ratio,
-        total_ratio=None if total is None or not uniform else total / uniform,
-        vacuous=(uniform if total is None else total) > 2 * xi,
-        longest=uniform_longest if total is None else _longest(lambda T: sum(_penalties(setting, T, 0.5) or ())),
-        uniform_longest=uniform_longest,
+        total_ratio=of_rule / uniform if penalty is not None and uniform else None,
+        promise=promise,
+        vacuous=of_rule >= 2 * xi + promise,
+        longest=_longest(lambda T: _of_rule(setting, T, 0.5)),
+        uniform_longest=_longest(lambda T: _uniform(setting.delta, T, 0.5)),
     )
 
 
@@ -129,7 +166,7 @@ class RunConstants:
     median: int
     longest: int
     delta_b: dict[str, float] | None  # min, mean, max over responses
-    tokens_within: float | None  # share of tokens with Z_t <= c_t, whichever way they move
+    tokens_within: float | None  # share of tokens that can be measured with Z_t <= c_t, whichever way they move
     responses_within: float | None  # share of responses all of whose tokens are
     rows: tuple[Constants, ...]
     notes: tuple[str, ...]
@@ -158,12 +195,17 @@ def run_constants(
     lengths, rewards = columns["length"], columns["reward"]
     if not lengths.size:
         raise ValueError(f"{path}: expected responses with tokens of the policy, found none")
+    seen = ""
     if xi is None:
         known = rewards[np.isfinite(rewards)]
         xi = float(known.max() - known.min()) / 2 if known.size else 0.0
         if not xi:
             raise ValueError(f"{path}: expected rewards that differ; give half their range with --xi")
+        seen = (
+            f"xi is half the range of the rewards seen, {known.min():g} to {known.max():g}: give --xi if others can be"
+        )
     settings, notes = _own_settings(method, columns)
+    notes = (seen, *notes) if seen else notes
     delta, delta_b, w_min = settings
     median, longest = int(np.median(lengths)), int(lengths.max())
     tokens, within = columns["tokens"], columns["within"]
@@ -175,7 +217,7 @@ def run_constants(
         median=median,
         longest=longest,
         delta_b=_spread(columns["delta_b"]) if delta_b is not None else None,
-        tokens_within=float(within.sum() / tokens.sum()) if isinstance(method, CPPO) else None,
+        tokens_within=float(within.sum() / max(tokens.sum(), 1)) if isinstance(method, CPPO) else None,
         responses_within=float((within == tokens).mean()) if isinstance(method, CPPO) else None,
         rows=tuple(
             constants(Setting(f"{name} response", T, delta, delta_b, w_min), xi)
@@ -218,20 +260,21 @@ def _observe(log: Log, method: Method, progress: Callable[[int], None]) -> dict[
 
 
 def _observe_chunk(chunk: Chunk, method: Method) -> dict[str, NDArray[Any]]:
-    trace = decide_chunk(method, chunk).trace
+    decision = decide_chunk(method, chunk)
+    trace = decision.trace
     response = np.repeat(np.arange(len(chunk.lengths)), chunk.lengths)
 
     def count(tokens: NDArray[np.bool_]) -> NDArray[np.int64]:
         return np.bincount(response[tokens], minlength=len(chunk.lengths))
 
     lengths = count(chunk.response_mask)
-    within = lengths
+    measured = decision.batch.tokens().measurable.numpy() != 0
+    tokens = within = count(measured)
     if trace.weighted_divergence is not None and trace.threshold is not None:
         threshold = trace.threshold.numpy()
-        kept = trace.weighted_divergence.numpy().astype(threshold.dtype) <= threshold
-        within = count(chunk.response_mask & kept)
+        within = count(measured & (trace.weighted_divergence.numpy().astype(threshold.dtype) <= threshold))
     delta_b = np.full(len(lengths), np.nan) if trace.delta_b is None else trace.delta_b.numpy().astype(np.float64)
-    columns = {"length": lengths, "tokens": lengths, "within": within, "reward": chunk.reward, "delta_b": delta_b}
+    columns = {"length": lengths, "tokens": tokens, "within": within, "reward": chunk.reward, "delta_b": delta_b}
     return {name: values[lengths > 0] for name, values in columns.items()}
 
 

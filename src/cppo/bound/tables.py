@@ -24,6 +24,10 @@ def _number(value: float | None, form: str = ".3g") -> str:
     return "-" if value is None else format(value, form)
 
 
+def _length(value: int | None) -> str:
+    return "2^40 or more" if value is None else f"{value:,}"
+
+
 def print_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
     """Print a line a statement: how often it was checked, whether it held, how tight it is."""
     table = _table(
@@ -58,22 +62,25 @@ def print_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
 def print_constants(rows: Sequence[Constants], console: Console) -> None:
     """Print a line a setting."""
     columns = ("setting", "T", "delta", "delta_b", "w_min", "Theorem 1", "+ slack of Eq. 8", "uniform", "ratio",
-               "with slack", "says something to T", "uniform to T", "")  # fmt: skip
+               "with slack", "a gain to T", "uniform to T", "")  # fmt: skip
     table = _table(columns, left=1)
     for row in rows:
         table.add_row(
             Text(row.label), f"{row.T:,}", _number(row.delta), _number(row.delta_b), _number(row.w_min),
             _number(row.penalty), _number(row.slack), _number(row.uniform), _number(row.ratio),
-            _number(row.total_ratio), f"{row.longest:,}", f"{row.uniform_longest:,}",
+            _number(row.total_ratio), _length(row.longest), _length(row.uniform_longest),
             "vacuous" if row.vacuous else "",
         )  # fmt: skip
     console.print(table)
-    reach = 2 * rows[0].xi
+    reach, budget = 2 * rows[0].xi, rows[0].penalty is not None
+    constant = "(Theorem 1 + slack)" if budget else "uniform"
+    rule = "Eq. 8" if budget else "D_t <= delta"
     console.print(
         Text(
-            f"\nxi = {rows[0].xi:g}: rewards within a range of {reach:g}. J(pi) - J(mu) >= L' - (Theorem 1 + slack) "
-            f"under the rule of Eq. 8. Above {reach:g}, the largest improvement there can be, a constant is vacuous: "
-            "L' would have to promise more than that."
+            f"\nxi = {rows[0].xi:g}: rewards within a range of {reach:g}. J(pi) - J(mu) >= L' - {constant} under "
+            f"{rule}, which limits L' too. A gain to T: the longest response for which the largest L' within the rule "
+            f"exceeds the constant; beyond it the bound shows no gain, whatever the policy did. Vacuous: nor "
+            f"does it exclude the largest loss, {reach:g}."
         )
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -64,6 +65,9 @@ def _judge(comparison: Comparison) -> tuple[NDArray[Any], NDArray[np.float64]]:
     scale = np.broadcast_to(scale.reshape(scale.shape + (1,) * (left.ndim - scale.ndim)), left.shape)
     gap = np.abs(left - right) if comparison.identity else left - right
     excess = gap / np.where(scale > 0, scale, 1)
+    # A bound that is no number bounds nothing, and an infinite one says nothing.
+    finite = np.isfinite(right.astype(np.float64)) & np.isfinite(left.astype(np.float64))
+    excess = np.where(finite, excess, math.inf)
     if not comparison.measured:
         return excess, np.empty(0)
     counted = left > _MEASURABLE * scale
