@@ -348,6 +348,21 @@ DECIDE = {
         TypeError,
         "response_mask: expected bool, integer or floating 0/1, got torch.complex64",
     ),
+    "an additive mask": (
+        arguments(response_mask=torch.tensor([[0.0, -1e9, 0.0]] * B)),
+        ValueError,
+        "response_mask: expected 1 where the policy wrote the token and 0 elsewhere, got -1e+09",
+    ),
+    "labels as a mask": (
+        arguments(response_mask=torch.tensor([[7, -100, 1]] * B)),
+        ValueError,
+        "response_mask: expected 1 where the policy wrote the token and 0 elsewhere, got 7",
+    ),
+    "a mask with NaN": (
+        arguments(response_mask=torch.tensor([[1.0, float("nan"), 1.0]] * B)),
+        ValueError,
+        "response_mask: expected 1 where the policy wrote the token and 0 elsewhere, got nan",
+    ),
     "a mask elsewhere": (
         arguments(response_mask=META.bool()),
         ValueError,
@@ -410,6 +425,11 @@ DECIDE = {
         ValueError,
         "advantages: expected [B] = [2] or token-shaped [5], got [2, 1]",
     ),
+    "a measured divergence beside a binary one": (
+        arguments(divergence=torch.zeros(B, T)),
+        ValueError,
+        "divergence: CPPO(divergence='binary_tv') takes its own from the log-probs, got a tensor; name what",
+    ),
     "no divergence where one is needed": (
         arguments(method=cppo.CPPO(divergence="topk_tv")),
         ValueError,
@@ -421,17 +441,17 @@ DECIDE = {
         "divergence: DPPO(divergence='exact_kl') needs the measured token-shaped tensor [2, 3], got None",
     ),
     "a divergence of another shape": (
-        arguments(divergence=torch.zeros(B, T, 4)),
+        arguments(method=cppo.CPPO(divergence="topk_tv"), divergence=torch.zeros(B, T, 4)),
         ValueError,
         "divergence: expected logp's shape [2, 3], got [2, 3, 4]",
     ),
     "an integer divergence": (
-        arguments(divergence=torch.zeros(B, T, dtype=torch.int64)),
+        arguments(method=cppo.CPPO(divergence="topk_tv"), divergence=torch.zeros(B, T, dtype=torch.int64)),
         TypeError,
         "divergence: expected a floating dtype, got torch.int64",
     ),
     "a divergence elsewhere": (
-        arguments(divergence=META),
+        arguments(method=cppo.CPPO(divergence="topk_tv"), divergence=META),
         ValueError,
         "divergence: expected logp's device cpu, got meta",
     ),

@@ -48,6 +48,16 @@ def test_a_part_without_tokens_weighs_nothing():
         assert metrics_of([full, empty], method) == metrics_of([empty, full], method) == wanted
 
 
+def test_log_probs_above_zero_are_counted_not_their_rounding():
+    good = Response((-1.0, 5e-6, 0.0), (-1.0, -1.0, 5e-6), (1.0,) * 3)
+    negated = Response((-1.0, 0.5, 2.0), (0.7, 0.5, -2.0), (1.0,) * 3)
+    method = cppo.CPPO()
+    for layout in (padded, packed):
+        assert metrics_of([layout([good], garbage=9.0, extra=2)], method)["input/above_zero"] == 0
+        assert metrics_of([layout([good, negated]), layout([negated])], method)["input/above_zero"] == 6
+    assert metrics_of([padded([Response((NAN,), (-1.0,), (1.0,))])], method)["input/above_zero"] == 0
+
+
 def test_a_peak_stands_wherever_it_is_and_the_first_broken_token_is_named():
     calm = Response((-1.0,) * 3, (-1.0,) * 3, (1.0,) * 3)
     wild = Response((-0.1, NAN, -1.0), (-3.0, -1.0, -1.0), (1.0,) * 3)

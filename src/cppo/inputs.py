@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .methods import CORRECTIONS, METHODS, Correction, GeometricMask, Method, needed_inputs
+from .methods import CORRECTIONS, METHODS, SAMPLED_DIVERGENCES, Correction, GeometricMask, Method, needed_inputs
 from .ops.context_parallel import ContextParallel
 from .ops.gates import check_gate
 from .ops.layout import Layout, PackedLayout, PaddedLayout
@@ -118,7 +118,16 @@ def _check_mask(mask: object, logp: Tensor) -> Tensor:
     _check_like("response_mask", tensor, logp)
     if tensor.is_complex():
         raise TypeError(f"response_mask: expected bool, integer or floating 0/1, got {tensor.dtype}")
-    return tensor if tensor.dtype == torch.bool else tensor != 0
+    if tensor.dtype == torch.bool:
+        return tensor
+    mask = tensor != 0
+    if tensor.device.type == "cpu" and not torch.equal(tensor, mask.to(tensor.dtype)):  # elsewhere looking would stall
+        wrong = tensor[tensor != mask.to(tensor.dtype)].reshape(-1)[0].item()
+        raise ValueError(
+            f"response_mask: expected 1 where the policy wrote the token and 0 elsewhere, got {wrong:g} (an additive "
+            "mask, labels, weights?)"
+        )
+    return mask
 
 
 def _check_lengths(lengths: Tensor | Sequence[int], logp: Tensor) -> Tensor:
@@ -196,6 +205,11 @@ def _check_divergence(method: Method, divergence: object, logp: Tensor) -> Tenso
     tensor = _check_floating("divergence", divergence).detach()
     if kind is None:
         raise ValueError(f"divergence: {type(method).__name__} uses none, got a tensor")
+    if kind in SAMPLED_DIVERGENCES:
+        raise ValueError(
+            f"divergence: {type(method).__name__}(divergence={kind!r}) takes its own from the log-probs, got a tensor; "
+            "name what was measured, such as divergence='topk_tv'"
+        )
     _check_like("divergence", tensor, logp)
     return tensor
 

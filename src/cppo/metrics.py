@@ -17,6 +17,9 @@ from .ops.layout import accumulation_dtype
 from .ops.ratios import importance_ratio
 from .rules import PREFIX_BUDGET
 
+# Log-softmax of large logits in float32 errs by so much: a log-prob, or a total variation less 1, may be so far above 0.
+ROUNDING = 1e-5
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tally:
@@ -72,6 +75,8 @@ def decision_metrics(decision: Decision) -> dict[str, Tensor]:
       correction rho = pi / q.
     - ``input/tokens``, ``input/responses``: what was judged. ``input/nonfinite``: response tokens with a NaN or
       infinite log-prob, advantage or divergence; ``input/first_nonfinite``: flat index of the first, or -1.
+      ``input/above_zero``: response tokens with a log-prob above 0, which no probability has: logits, probabilities or
+      negated log-probs in their place. Binary divergences take it as 0, ratios as it stands.
     """
     return tally(decision).metrics()
 
@@ -108,6 +113,7 @@ def tally(decision: Decision) -> Tally:
         "input/tokens": (count, nothing),
         "input/responses": (responses.sum(), nothing),
         "input/nonfinite": (broken.sum(), nothing),
+        "input/above_zero": ((mask & (torch.maximum(batch.logp, batch.rollout_logp) > ROUNDING)).sum(), nothing),
     }
     peaks = {"ratio/max": _max(ratio)}
     if trace.divergence is not None:

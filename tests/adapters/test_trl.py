@@ -195,6 +195,47 @@ def test_what_cannot_work_is_refused_with_the_reason(tmp_path, overrides, messag
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"epsilon": 0.05},
+            r"epsilon=0.05\): expected 0.2, or TRL's default; it is not read, the method's own clip_low is",
+        ),
+        ({"epsilon_high": 0.2}, r"epsilon_high=0.2\): expected 0.28, or TRL's default; .* own clip_high is"),
+    ],
+)
+def test_a_clip_that_is_not_read_is_refused_where_the_method_has_another(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, cppo.GRPO(), **overrides)
+    make_trainer(tmp_path, cppo.CPPO(), **overrides)  # of a method without a clip nobody expects it
+    same = {"epsilon": 0.05, "epsilon_high": 0.2} | overrides
+    make_trainer(tmp_path, cppo.GRPO(clip_low=0.05, clip_high=0.2), **same)
+
+
+def test_a_method_is_one_or_its_spec(tmp_path):
+    assert make_trainer(tmp_path, "dppo?delta=0.2").method == cppo.DPPO(delta=0.2)
+    assert make_trainer(tmp_path, "cppo?delta=0.2", kind=adapter.CPPOTrainer).method == cppo.CPPO(delta=0.2)
+    for wrong in (cppo.CPPO, None, 3):
+        with pytest.raises(TypeError, match=r"expected a method such as cppo\.CPPO"):
+            make_trainer(tmp_path, wrong)
+    with pytest.raises(ValueError, match=r"method=GRPO\(.*: expected a CPPO; TrustRegionTrainer takes any method"):
+        make_trainer(tmp_path, cppo.GRPO(), kind=adapter.CPPOTrainer)
+
+
+def positive_engine(prompts, trainer):
+    """A rollout function that returns -log mu."""
+    found = noisy_engine(prompts, trainer)
+    return found | {"logprobs": [[-(x or -1.0) for x in row] for row in found["logprobs"]]}
+
+
+def test_log_probs_above_zero_are_warned_about(tmp_path):
+    schedule = {"gradient_accumulation_steps": 4, "num_iterations": 1, "max_steps": 1}
+    trainer = make_trainer(tmp_path, cppo.CPPO(), arguments={"rollout_func": positive_engine}, **schedule)
+    with pytest.warns(UserWarning, match=r"log-prob above 0.*rollout function"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
     ("method", "message"),
     [
         (cppo.TRM(divergence="exact_kl"), "divergence='exact_kl'.* needs no divergence; TRL gives what binary_tv"),

@@ -68,6 +68,17 @@ def test_another_arm_can_be_the_reference(finished):
     assert "reference_less_arm" not in found["none"]["scores"]["final"]
 
 
+def test_looking_at_it_otherwise_changes_no_file(finished):
+    def files():
+        return {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+
+    compare(finished, "--report-only", cwd=finished.parent)
+    before = files()
+    shown = compare(finished, "--report-only", "--reference", "none", "--score", "area", cwd=finished.parent)
+    assert "area accuracy" in shown.stdout
+    assert files() == before
+
+
 def test_the_built_in_study_is_whole(pytestconfig):
     plan = load_study(pytestconfig.rootpath / "src" / "cppo" / "compare" / "quick.yaml")
     assert plan.reference == "cppo"

@@ -153,6 +153,9 @@ def test_knobs_arrive_through_the_composed_configuration():
     assert adapter.build_method(given) == wanted
     assert adapter.build_method(pickle.loads(pickle.dumps(given))) == wanted  # Ray sends it to the workers
     assert given.get("loss_mode") == "cppo"
+    # null is a value, where the method has one: no bound, no criterion.
+    grim = policy_loss(TARGET, MODE.replace("cppo", "minpro"), f"{prefix}.clip_low=null", f"{prefix}.clip_high=null")
+    assert adapter.build_method(grim) == cppo.MinPRO(clip_low=None, clip_high=None)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +163,7 @@ def test_knobs_arrive_through_the_composed_configuration():
     [
         (["detla=0.2"], "detla"),
         (["clip_low=0.2"], "cppo has no knob 'clip_low'"),
+        (["delta=null"], r"CPPO\(delta=None\): expected a number"),
         (["delta=-1"], r"CPPO\(delta=-1\)"),
         (["divergence=topk_tv"], "verl keeps the sampled token's log-prob alone"),
         (["rollout_log=rollouts"], "policy_loss.rollout_log='rollouts': expected an absolute path"),
@@ -219,6 +223,8 @@ def test_a_launch_as_the_readme_has_it_passes():
         ("actor_rollout_ref.rollout.top_k=50", "rollout.top_k=50: expected -1"),
         ("actor_rollout_ref.rollout.calculate_log_probs=False", "calculate_log_probs=False: expected True"),
         ("trainer.use_v1=False", "use_v1=False: expected True"),
+        ("algorithm.rollout_correction.rollout_is=token", "rollout_is='token': expected null; in bypass mode verl"),
+        ("algorithm.rollout_correction.rollout_rs=token_k1", "rollout_rs='token_k1': expected null; in bypass mode"),
         ("actor_rollout_ref.actor.policy_loss.loss_mode=vanilla", "loss_mode='vanilla': expected one of cppo"),
         (
             "+actor_rollout_ref.actor.policy_loss.delta=-1",
@@ -233,6 +239,30 @@ def test_a_launch_as_the_readme_has_it_passes():
 def test_a_launch_under_which_the_region_would_not_act_is_refused(override, message):
     with pytest.raises(ValueError, match=message):
         adapter.check_launch(composed(TARGET, MODE, BYPASS, override))
+
+
+def test_clips_of_verl_that_are_not_read_are_named_where_the_method_has_others():
+    def problems(mode, *overrides):
+        return adapter.launch_problems(composed(TARGET, MODE.replace("cppo", mode), BYPASS, *overrides))
+
+    high = "actor_rollout_ref.actor.clip_ratio_high"
+    [problem] = problems("grpo", f"{high}=0.1")
+    assert problem == (
+        "actor_rollout_ref.actor.clip_ratio_high=0.1: expected 0.28, or verl's default; it is not read, the method's "
+        "own policy_loss.clip_high is"
+    )
+    assert not problems("grpo", f"{high}=0.1", "+actor_rollout_ref.actor.policy_loss.clip_high=0.1")
+    assert not problems("grpo")
+    assert not problems("cppo", f"{high}=0.1")
+
+
+def test_raw_log_probs_are_the_samplers_at_temperature_1_alone():
+    raw = "actor_rollout_ref.rollout.logprobs_mode=raw_logprobs"
+    assert not adapter.launch_problems(composed(TARGET, MODE, BYPASS, raw))
+    [problem] = adapter.launch_problems(
+        composed(TARGET, MODE, BYPASS, raw, "actor_rollout_ref.rollout.temperature=0.6")
+    )
+    assert problem.startswith("actor_rollout_ref.rollout.logprobs_mode='raw_logprobs': expected 'processed_logprobs'")
 
 
 # ---------------------------------------------------------------- how verl finds it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cppo.methods import METHODS, Method, make_method, needed_inputs, never_rejects, parse_method
+from cppo.methods import Method, as_method, make_method, needed_inputs, never_rejects
 
 
 def method_for(stack: str, method: Method | str, **knobs: Any) -> Method:
@@ -13,22 +13,18 @@ def method_for(stack: str, method: Method | str, **knobs: Any) -> Method:
     Args:
         stack: the framework's name, for the error.
         method: a method, its name with its knobs beside it, or a spec such as ``cppo?delta=0.15&delta_b=0.02``.
-        **knobs: the method's knobs, where ``method`` is a bare name; None: the method's default.
+        **knobs: the method's knobs, where ``method`` is a bare name; those that are not given have its defaults.
 
     Raises:
         TypeError, ValueError: for an unknown method or knob, a knob out of range, a method that needs what the stack
             does not hand over, or thresholds that no token can reach.
     """
-    given = {name: value for name, value in knobs.items() if value is not None}
-    if isinstance(method, str):
-        bare = "?" not in method
-        if given and not bare:
-            raise ValueError(f"method={method!r}: expected its knobs in one place, got {', '.join(given)} besides")
-        method = make_method(method, **given) if bare else parse_method(method)
-    elif not isinstance(method, tuple(METHODS.values())):
-        raise TypeError(f"method: expected a name, a spec or a method of cppo.METHODS, got {type(method).__name__}")
-    elif given:
-        raise ValueError(f"method={method!r}: expected its knobs in it, got {', '.join(given)} besides")
+    if isinstance(method, str) and "?" not in method:
+        method = make_method(method, **knobs)
+    elif knobs:
+        raise ValueError(f"method={method!r}: expected its knobs in one place, got {', '.join(knobs)} besides")
+    else:
+        method = as_method(method)
     needed = needed_inputs(method)
     if needed:
         raise ValueError(

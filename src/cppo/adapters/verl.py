@@ -40,7 +40,8 @@ except Exception as error:
 
 TESTED = "0.9"
 _ENOUGH_TOKENS = 16  # so many equal log-probs are no chance
-# Knobs of any method that verl can run, as fields of one configuration; None: the method's default.
+_DEFAULT = "default"  # of a field: the method's own. None is a value: "no bound" of a clip, "no criterion" of TRM
+# Knobs of any method that verl can run, as fields of one configuration.
 _KNOBS = sorted(
     {field.name for kind in METHODS.values() if not kind.summary.needs for field in dataclasses.fields(kind)}
 )
@@ -57,7 +58,7 @@ TrustRegionLoss: Any = dataclasses.make_dataclass(
     "TrustRegionLoss",
     [
         ("loss_mode", str, dataclasses.field(default="cppo")),
-        *((name, Any, None) for name in _KNOBS),
+        *((name, Any, _DEFAULT) for name in _KNOBS),
         ("same_numerics", bool, False),
         ("rollout_log", str | None, None),
     ],
@@ -66,6 +67,7 @@ TrustRegionLoss: Any = dataclasses.make_dataclass(
         "__post_init__": _check,
         "__doc__": """verl's ``PolicyLossConfig`` with the knobs of this package's methods; ``loss_mode`` names one.
 
+        A knob that is not given has the method's default; null is a value, where the method takes None.
         ``same_numerics``: the sampler computes as the trainer does, bit for bit, so that equal log-probs are no sign of
         log-probs that the trainer recomputed. ``rollout_log``: a folder for the rollout log (docs/rollout-log.md), one
         that all workers reach.
@@ -88,7 +90,8 @@ def build_method(config: Any) -> Method:
     name = config.loss_mode
     if name not in registered():  # one of verl's own would run with its own knobs, and these be ignored
         raise ValueError(f"policy_loss.loss_mode={name!r}: expected one of {', '.join(registered())}")
-    return method_for("verl", name, **{knob: getattr(config, knob, None) for knob in _KNOBS})
+    knobs = {knob: getattr(config, knob, _DEFAULT) for knob in _KNOBS}
+    return method_for("verl", name, **{knob: value for knob, value in knobs.items() if value != _DEFAULT})
 
 
 def registered() -> list[str]:
@@ -176,9 +179,21 @@ def launch_problems(config: Mapping[str, Any]) -> list[str]:
     actor = "actor_rollout_ref.actor"
     settings = {"loss_mode": "vanilla"} | dict(_at(config, f"{actor}.policy_loss", {}))
     try:  # the method, its knobs and their ranges
-        TrustRegionLoss(**{name: value for name, value in settings.items() if name not in ("_target_", "rollout_log")})
+        settings = TrustRegionLoss(
+            **{name: value for name, value in settings.items() if name not in ("_target_", "rollout_log")}
+        )
     except (TypeError, ValueError) as error:
         problems.append(f"{actor}: {error}")
+    else:
+        problems += _unread_clips(config, actor, settings)
+    rollout = "actor_rollout_ref.rollout"
+    mode = _at(config, f"{rollout}.logprobs_mode", "processed_logprobs")
+    temperature = _at(config, f"{rollout}.temperature", 1.0)
+    if mode != "processed_logprobs" and temperature != 1:
+        problems.append(
+            f"{rollout}.logprobs_mode={mode!r}: expected 'processed_logprobs' with temperature={temperature}; the "
+            "log-probs would not be those of the policy that samples"
+        )
     if any(_at(config, group, None) is not None for group in ("async_training", "rollout")):
         problems.append(
             "verl.experimental: expected verl.trainer.main_ppo (trainer.v1.trainer_mode for asynchronous runs); in "
@@ -195,6 +210,21 @@ def launch_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _unread_clips(config: Any, actor: str, settings: Any) -> list[str]:
+    """Return which of verl's own clips are set, and differ from those of the method, which alone are read."""
+    method, problems = build_method(settings), []
+    for key, default, knob in (("clip_ratio_low", 0.2, "clip_low"), ("clip_ratio_high", 0.2, "clip_high")):
+        value = _at(config, f"{actor}.{key}", default)
+        own = getattr(method, knob, value)
+        if value not in (default, own):
+            problems.append(
+                f"{actor}.{key}={value!r}: expected {own!r}, or verl's default; it is not read, the method's own "
+                f"policy_loss.{knob} is"
+            )
+    return problems
+
+
+_IGNORED = "in bypass mode verl leaves it out without a word; a mismatch is in the ratio already"
 _TRUNCATED = "the sampler would not be the policy whose ratio is taken"
 # key, verl's default, what is right, in words, why
 _LAUNCH: list[tuple[str, Any, Callable[[Any], bool], str, str]] = [
@@ -205,6 +235,8 @@ _LAUNCH: list[tuple[str, Any, Callable[[Any], bool], str, str]] = [
         "True",
         "else the ratio and the divergence are taken to the trainer's recomputed policy",
     ),
+    ("algorithm.rollout_correction.rollout_is", None, lambda value: value is None, "null", _IGNORED),
+    ("algorithm.rollout_correction.rollout_rs", None, lambda value: value is None, "null", _IGNORED),
     ("actor_rollout_ref.rollout.calculate_log_probs", True, bool, "True", "they are the sampler's"),
     ("actor_rollout_ref.rollout.top_p", 1, lambda value: value == 1, "1", _TRUNCATED),
     ("actor_rollout_ref.rollout.top_k", -1, lambda value: value in (-1, 0), "-1", _TRUNCATED),

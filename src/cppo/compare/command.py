@@ -43,9 +43,11 @@ def compare(
         typer.Option(help="The folder of another study, from which runs that are the same are taken. Repeatable."),
     ] = None,
     report_only: Annotated[bool, typer.Option(help="Run nothing; make the report of what is there.")] = False,
-    reference: Annotated[str | None, typer.Option(help="Compare with this arm instead of the study's.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Print the comparison with this arm; the folder's files keep the study's own.")
+    ] = None,
     score: Annotated[
-        str, typer.Option(help="Score of the tables, printed and in tables.md: final, best or area.")
+        str, typer.Option(help="Print the tables of this score, final, best or area; tables.md has the final one.")
     ] = "final",
     as_json: Annotated[bool, typer.Option("--json", help="Print the document as JSON and nothing else.")] = False,
 ) -> None:
@@ -75,7 +77,7 @@ def compare(
         folder = _begin(study, method, seeds or 8, settings or [], into)
     plan = load_study(folder.study)
     if reference is not None:
-        plan = dataclasses.replace(plan, reference=reference)
+        dataclasses.replace(plan, reference=reference)  # a wrong one is refused before anything runs
     console = Console(stderr=as_json)
     runner = Runner(folder, jobs or _cores(), console, keep=keep_runs, quiet=as_json, reuse=others)
     if not report_only:
@@ -83,7 +85,7 @@ def compare(
     if runner.failed and not len(folder.rows()):
         raise ValueError(f"all runs failed ({folder.failures} has the tracebacks), the first: {runner.failed[0]}")
     with console.status("report"):
-        document, tables = report(plan, folder, score)
+        document, tables = report(plan, folder, reference, score)
     if as_json:
         print(json.dumps(document, indent=1))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import threading
@@ -53,14 +54,26 @@ def chosen_of(study: Study, folder: ResultFolder) -> dict[str, dict[str, Any]]:
     return chosen
 
 
-def report(study: Study, folder: ResultFolder, kind: str) -> tuple[dict[str, Any], Any]:
-    """Write the summary, the tables and the page; return the document, and what the terminal shows."""
-    document = analyse(study, folder.rows(), chosen_of(study, folder), folder.failed())
+def report(study: Study, folder: ResultFolder, reference: str | None, kind: str) -> tuple[dict[str, Any], Any]:
+    """Write the summary, the tables and the page; return the document, and what the terminal shows.
+
+    Args:
+        study: the study.
+        folder: its folder. What is written there is of the study's own reference and, in the tables, the last
+            evaluation, so that looking at it otherwise changes nothing.
+        reference: the arm that is compared with in what is returned; None: the study's.
+        kind: the score that is shown.
+    """
+    chosen = chosen_of(study, folder)
+    document = analyse(study, folder.rows(), chosen, folder.failed())
     if not document["settings"]:
         raise ValueError(f"{folder.path}: expected finished runs, found none")
     write_whole(folder.summary, json.dumps(document, indent=1, allow_nan=False) + "\n")
-    write_whole(folder.tables, f"# {study.title}\n\n" + as_markdown(all_tables(document, kind)))
+    write_whole(folder.tables, f"# {study.title}\n\n" + as_markdown(all_tables(document, "final")))
     write_report(folder.report, document)
+    if reference not in (None, study.reference):
+        other = dataclasses.replace(study, reference=reference)
+        document = analyse(other, folder.rows(), chosen, folder.failed())
     return document, for_terminal(headlines(document, kind))
 
 

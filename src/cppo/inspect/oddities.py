@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 from cppo.inspect.columns import first
 from cppo.inspect.reading import Chunk
 from cppo.methods import Method, needed_inputs
-
-# Log-softmax of large logits in float32 errs by so much; a log-prob or a total variation may lie above its limit by it.
-_ROUNDING = 1e-5
+from cppo.metrics import ROUNDING
 
 
 @dataclasses.dataclass
@@ -53,13 +51,13 @@ class Oddities:
         """Count a chunk; it must have its texts."""
         columns = {"logp": chunk.logp, "rollout_logp": chunk.rollout_logp}
         self._count(self.no_log_prob, chunk, {name: ~np.isfinite(values) for name, values in columns.items()})
-        above = {name: (values > _ROUNDING) & np.isfinite(values) for name, values in columns.items()}
+        above = {name: (values > ROUNDING) & np.isfinite(values) for name, values in columns.items()}
         self._count(self.log_prob_above_0, chunk, above, columns)
         if self.measured_by and chunk.divergence is not None:
             measured = chunk.divergence
-            self._count(self.no_divergence, chunk, {"divergence": ~np.isfinite(measured) | (measured < -_ROUNDING)})
+            self._count(self.no_divergence, chunk, {"divergence": ~np.isfinite(measured) | (measured < -ROUNDING)})
             if any(name.endswith("_tv") for name in self.measured_by):
-                high = (measured > 1 + _ROUNDING) & np.isfinite(measured)
+                high = (measured > 1 + ROUNDING) & np.isfinite(measured)
                 self._count(self.divergence_above_1, chunk, {"divergence": high}, {"divergence": measured})
         self._find_repeated(chunk)
 

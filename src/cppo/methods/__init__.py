@@ -68,6 +68,20 @@ def parse_method(spec: str) -> Method:
     return _make("method", METHODS, *parse_spec(spec))
 
 
+def as_method(method: object) -> Method:
+    """Return a method as it is, and the one that a spec writes (see :func:`parse_method`).
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for a spec of an unknown method or knob.
+    """
+    if isinstance(method, str):
+        return parse_method(method)
+    if isinstance(method, Method):
+        return method
+    raise TypeError(f"method={method!r}: expected a method such as cppo.CPPO(), or a spec such as 'cppo?delta=0.15'")
+
+
 def parse_correction(spec: str) -> Correction:
     """Return the correction written as ``name?knob=value&knob=value``, such as ``icepop?high=4``."""
     return _make("correction", CORRECTIONS, *parse_spec(spec))
@@ -147,6 +161,7 @@ __all__ = [
     "Summary",
     "TRMAvg",
     "TRMMax",
+    "as_method",
     "make_method",
     "method_name",
     "method_spec",

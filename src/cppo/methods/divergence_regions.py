@@ -48,8 +48,8 @@ class CPPO:
             x g(x) <= 1 beyond, which is checked; ``cppo.sigmoid_gate`` is one.
         divergence: which D; the binary ones come from the log-probs, the others are passed to ``decide``. Paper: top-K
             TV, K = 20.
-        ratio_cap: cap on rho in the coefficient, > 0; None for none. In the laboratory 1 held in every
-            regime that was tried; None (docs/experiments.md) and the authors' 20 did not at high learning rates.
+        ratio_cap: cap on rho in the coefficient, > 0; None for none. In the laboratory 1 held in every regime that was
+            tried; None did not at high learning rates (docs/experiments.md), and with a KL 20, the authors', was as None.
         shuffle_seed: which permutation ``position="shuffled"`` takes, in [0, 2^63).
     """
 

@@ -113,6 +113,12 @@ def check_config(config: GRPOConfig, method: Method, *, engine_log_probs: bool) 
             f"the fused loss of TRL {trl.__version__} bypasses the hook",
         ),
     ]
+    # TRL's own clip is not read. A method that has one must not seem to take it from there.
+    for name, default, knob in (("epsilon", 0.2, "clip_low"), ("epsilon_high", None, "clip_high")):
+        clip = getattr(config, name)
+        own = getattr(method, knob, clip)
+        why = f"it is not read, the method's own {knob} is"
+        checks.append((name, clip not in (default, own), f"{own!r}, or TRL's default", why))
     for name, neutral in _NEUTRAL_SAMPLING.items():
         if hasattr(config, name):
             checks.append((name, getattr(config, name) not in neutral, f"{neutral[-1]!r}", truncated))

@@ -22,7 +22,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from cppo.decision import Decision
-from cppo.methods import CPPO, Method, takes_topk
+from cppo.methods import CPPO, Method, as_method, takes_topk
 from cppo.metrics import Tally, tally
 from cppo.objective import decide
 
@@ -38,8 +38,8 @@ class TrustRegionTrainer(GRPOTrainer):
 
     Args:
         *args: as ``GRPOTrainer``.
-        method: the trust region. With ``divergence="topk_tv"`` or ``"topk_kl"`` the divergence is measured from the
-            hidden states (see :mod:`cppo.adapters.trl.meter`).
+        method: the trust region, or its spec, such as ``"cppo?delta=0.15"``. With ``divergence="topk_tv"`` or
+            ``"topk_kl"`` the divergence is measured from the hidden states (see :mod:`cppo.adapters.trl.meter`).
         divergence_top_k: K of that divergence: how many of the rollout policy's likeliest tokens. Paper: 20.
         rollout_log: a folder for the rollout log (docs/rollout-log.md), a file an update and process, and at the end
             of training ``report.html`` (docs/inspect.md); None: none.
@@ -54,7 +54,7 @@ class TrustRegionTrainer(GRPOTrainer):
     def __init__(
         self,
         *args: Any,
-        method: Method,
+        method: Method | str,
         divergence_top_k: int = 20,
         rollout_log: str | Path | None = None,
         **kwargs: Any,
@@ -64,6 +64,7 @@ class TrustRegionTrainer(GRPOTrainer):
         config = bound.get("args") or GRPOConfig(output_dir="trainer_output")
         if isinstance(divergence_top_k, bool) or not isinstance(divergence_top_k, int) or divergence_top_k < 1:
             raise ValueError(f"divergence_top_k={divergence_top_k!r}: expected a positive integer")
+        method = as_method(method)
         engine_log_probs = bool(config.use_vllm or bound.get("rollout_func"))
         check_config(config, method, engine_log_probs=engine_log_probs)
         measured = takes_topk(method)
@@ -187,11 +188,20 @@ class TrustRegionTrainer(GRPOTrainer):
                     f"index {first:.0f} of its micro-batch); they gave no gradient",
                     stacklevel=2,
                 )
+            if values["input/above_zero"] > 0:
+                warnings.warn(
+                    f"{values['input/above_zero']:.0f} response tokens had a log-prob above 0, which no probability "
+                    "has: does the rollout function return log-probs?",
+                    stacklevel=2,
+                )
         super().log(logs, start_time)
 
 
 class CPPOTrainer(TrustRegionTrainer):
     """``GRPOTrainer`` with CPPO: ``CPPOTrainer(model, rewards, config, dataset, method=cppo.CPPO(delta=0.15))``."""
 
-    def __init__(self, *args: Any, method: CPPO | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, method=CPPO() if method is None else method, **kwargs)
+    def __init__(self, *args: Any, method: CPPO | str | None = None, **kwargs: Any) -> None:
+        chosen = CPPO() if method is None else as_method(method)
+        if not isinstance(chosen, CPPO):
+            raise ValueError(f"method={method!r}: expected a CPPO; TrustRegionTrainer takes any method")
+        super().__init__(*args, method=chosen, **kwargs)
