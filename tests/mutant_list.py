@@ -844,6 +844,8 @@ MUTANTS = [
     ),
     *_mutants(
         "inputs.py",
+        ("a mask of any numbers", "and not torch.equal(tensor, mask.to(tensor.dtype))", "and False"),
+        ("a measured divergence in a binary one's place", "if kind in SAMPLED_DIVERGENCES:", "if False:"),
         ("packed advantages of one a token are a response's", "(*layout.shape, 1)", "(*layout.shape, 2)"),
         (
             "broken advantages reach the gradient",
@@ -1039,6 +1041,9 @@ MUTANTS = [
     ),
     *_mutants(
         "metrics.py",
+        ("rounding is above zero", "> ROUNDING)", "> 0)"),
+        ("above zero in one of the two", "torch.maximum(batch.logp, batch.rollout_logp)", "batch.logp"),
+        ("above zero outside the response", "((mask & (torch.maximum", "((~broken & (torch.maximum"),
         (
             "broken tokens count as masked",
             "rejected = (decision.rejected_by > 0) & usable",

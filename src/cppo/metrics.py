@@ -17,7 +17,7 @@ from .ops.layout import accumulation_dtype
 from .ops.ratios import importance_ratio
 from .rules import PREFIX_BUDGET
 
-# Log-softmax of large logits in float32 errs by so much: a log-prob, or a total variation less 1, may be so far above 0.
+# Log-softmax of large logits in float32 errs by so much: a log-prob, or a total variation less 1, may be above 0 by it.
 ROUNDING = 1e-5
 
 

@@ -49,7 +49,7 @@ class CPPO:
         divergence: which D; the binary ones come from the log-probs, the others are passed to ``decide``. Paper: top-K
             TV, K = 20.
         ratio_cap: cap on rho in the coefficient, > 0; None for none. In the laboratory 1 held in every regime that was
-            tried; None did not at high learning rates (docs/experiments.md), and with a KL 20, the authors', was as None.
+            tried; None did not at high learning rates (docs/experiments.md); 20, the authors', was as None with a KL.
         shuffle_seed: which permutation ``position="shuffled"`` takes, in [0, 2^63).
     """
 
