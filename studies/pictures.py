@@ -35,11 +35,17 @@ PICTURES = {
         ("tail mild", "Held-out accuracy"), ("tail mild", "Every seed"),
         ("long mild", "Held-out accuracy"), ("long mild", "Every seed"),
     ]),
+    "search": ("final", [
+        ("short drift", "Held-out accuracy"), ("short drift", "Every seed"),
+        ("tail drift", "Held-out accuracy"), ("tail drift", "Every seed"),
+        ("long drift", "Held-out accuracy"), ("long drift", "Every seed"),
+    ]),
     "scale": ("final", [
         ("short, 1M", "Held-out accuracy"), ("short, 1M", "Every seed"),
         ("short, 1M, half the rate", "Held-out accuracy"), ("short, 1M, half the rate", "Every seed"),
         ("short, 1M, a quarter", "Held-out accuracy"), ("short, 1M, a quarter", "Every seed"),
         ("short, 5M", "Held-out accuracy"), ("short, 5M", "Every seed"),
+        ("tail, 1M", "Held-out accuracy"), ("tail, 1M", "Every seed"),
     ]),
     "parts": ("final", [("short, 1M", "Every seed"), ("", "short, 1M: cppo less each arm")]),
     "ablations": ("area", [

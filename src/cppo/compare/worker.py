@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cppo.compare.study import Cell
+from cppo.lab.allocator import keep_freed_memory
 from cppo.lab.config import RunConfig
 
 # Name in a line's curves -> name in metrics.jsonl, and what each of a rollout's updates weighs: "tokens" those in its
@@ -57,6 +58,7 @@ def prepare() -> None:
             os._exit(1)
 
         threading.Thread(target=end_with_it, daemon=True).start()
+    keep_freed_memory()
     from datasets import disable_progress_bars
     from transformers.utils import logging
 

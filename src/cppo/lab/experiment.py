@@ -12,6 +12,7 @@ from rich.progress import Progress
 from cppo.inspect.page import write_page
 from cppo.inspect.reading import Log
 from cppo.inspect.runs import inspect_runs, training_curve
+from cppo.lab.allocator import keep_freed_memory
 from cppo.lab.config import RunConfig, load_config
 from cppo.lab.display import LiveDisplay
 from cppo.lab.evaluation import Evaluation, evaluate
@@ -43,6 +44,7 @@ def carry_on(path: Path, console: Console, *, quiet: bool = False) -> Outcome:
 
 
 def _finish(folder: RunFolder, config: RunConfig, console: Console, *, quiet: bool) -> Outcome:
+    keep_freed_memory()
     start = folder.checkpoints / "start"
     runs = [(folder, config)]
     for other, settings in _beside(folder.path, config):
@@ -102,6 +104,7 @@ def evaluate_model(
 ) -> Evaluation:
     """Return Avg@k of a run's final model, or of any other."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     path = Path(name)
     if (path / "config.yaml").is_file():
         config = load_config(path / "config.yaml")
