@@ -1,5 +1,7 @@
 """The command line: help, machine output, and one clear line with exit code 2 for what a user can mend."""
 
+import dataclasses
+import inspect
 import json
 import os
 import re
@@ -10,6 +12,8 @@ import pytest
 from typed import in_a_process, typed
 
 import cppo
+from cppo import cli
+from cppo.lab.config import RunConfig
 from cppo.methods import SETTINGS
 
 pytestmark = pytest.mark.train
@@ -119,3 +123,17 @@ def test_a_divergence_can_be_run_beside_the_same_method_with_another(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [summary["method"] for summary in json.loads(done.stdout)] == [f"{method}&divergence=topk_tv", method]
+
+
+def test_every_setting_of_a_run_has_an_option_or_stands_beside_config_with_its_default():
+    options = set(inspect.signature(cli.train).parameters)
+    names = {field.name for field in dataclasses.fields(RunConfig)}
+    assert names - options == set(cli.ONLY_IN_A_FILE)
+    shown = " ".join(typed("train", "--help").stdout.split())
+    for text in (
+        "Rollout batches; default: 12.",
+        "AdamW's; default: 0.001.",
+        "skip_zero_variance (true)",
+        "warmup (0)",
+    ):
+        assert text in shown

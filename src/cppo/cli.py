@@ -18,6 +18,7 @@ from rich.text import Text
 
 from cppo.bound.command import app as bound_app
 from cppo.compare.command import EXAMPLES, compare
+from cppo.lab.config import RunConfig, load_config
 from cppo.methods import CORRECTIONS, METHODS, SETTINGS, Setting, parse_method, takes_topk
 from cppo.printable import printable
 from cppo.specs import parse_spec, with_option
@@ -35,6 +36,20 @@ app = typer.Typer(
 )
 app.add_typer(bound_app, name="bound")
 
+# Settings of a run that have no option.
+ONLY_IN_A_FILE = ("schedule", "skip_zero_variance", "temperature", "warm_start_steps", "warmup")
+
+
+def _default(name: str) -> str:
+    """Return a setting's default as YAML has it."""
+    value = getattr(RunConfig, name)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _help(name: str, text: str) -> str:
+    """Return an option's help with the setting's default: the option's own is None, as a file may say another."""
+    return f"{text[:-1]}; default: {_default(name)}."
+
 
 @app.command(
     epilog="Examples:  cppo train  |  cppo train --beside policy_gradient  |  "
@@ -42,51 +57,78 @@ app.add_typer(bound_app, name="bound")
     "cppo train --resume runs/cppo-1"
 )
 def train(
-    method: Annotated[str | None, typer.Option(help="Trust region: name, or name?knob=value&knob=value.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help=_help("method", "Trust region: name, or name?knob=value&knob=value.")),
+    ] = None,
     divergence: Annotated[
         str | None,
         typer.Option(
             help="Of --method, if it has one: binary_tv, binary_kl, topk_tv or topk_kl. Methods beside keep their own."
         ),
     ] = None,
-    divergence_top_k: Annotated[int | None, typer.Option(help="K of a top-K divergence.")] = None,
+    divergence_top_k: Annotated[
+        int | None, typer.Option(help=_help("divergence_top_k", "K of a top-K divergence."))
+    ] = None,
     beside: Annotated[
         list[str] | None,
         typer.Option(help="Also run this method from the same start on the same problems. Repeatable."),
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="running_sum, long_tail_sum, reasoning_gym:NAME?option=value, or math:FILE.jsonl."),
+        typer.Option(
+            help=_help("task", "running_sum, long_tail_sum, reasoning_gym:NAME?option=value, or math:FILE.jsonl."),
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="tiny, tiny?layers=4&width=144&heads=6, a folder, or a hub id.")
+        str | None,
+        typer.Option(help=_help("model", "tiny, tiny?layers=4&width=144&heads=6, a folder, or a hub id.")),
     ] = None,
     gguf_file: Annotated[str | None, typer.Option(help="The GGUF file inside the --model folder.")] = None,
-    rollouts: Annotated[int | None, typer.Option(help="Rollout batches.")] = None,
-    prompts: Annotated[int | None, typer.Option(help="Problems a rollout.")] = None,
-    generations: Annotated[int | None, typer.Option(help="Responses a problem.")] = None,
-    minibatch: Annotated[int | None, typer.Option(help="Responses an optimizer update.")] = None,
-    gradient_accumulation: Annotated[int | None, typer.Option(help="Micro-batches an update.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over each rollout batch.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="AdamW's.")] = None,
+    rollouts: Annotated[int | None, typer.Option(help=_help("rollouts", "Rollout batches."))] = None,
+    prompts: Annotated[int | None, typer.Option(help=_help("prompts", "Problems a rollout."))] = None,
+    generations: Annotated[int | None, typer.Option(help=_help("generations", "Responses a problem."))] = None,
+    minibatch: Annotated[int | None, typer.Option(help=_help("minibatch", "Responses an optimizer update."))] = None,
+    gradient_accumulation: Annotated[
+        int | None, typer.Option(help=_help("gradient_accumulation", "Micro-batches an update."))
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help=_help("epochs", "Passes over each rollout batch."))] = None,
+    learning_rate: Annotated[float | None, typer.Option(help=_help("learning_rate", "AdamW's."))] = None,
     max_completion_tokens: Annotated[int | None, typer.Option(help="Longest response; default: the task's.")] = None,
     sampler_noise: Annotated[
-        float | None, typer.Option(help="Standard deviation of noise on the sampler's logits: an engine's mismatch.")
+        float | None,
+        typer.Option(
+            help=_help("sampler_noise", "Standard deviation of noise on the sampler's logits: an engine's mismatch."),
+        ),
     ] = None,
     certificate: Annotated[
         bool | None, typer.Option("--certificate", help="Log an estimate of the policy-improvement bound an update.")
     ] = None,
-    eval_problems: Annotated[int | None, typer.Option(help="Held-out problems an evaluation.")] = None,
-    eval_samples: Annotated[int | None, typer.Option(help="Samples a held-out problem (Avg@k).")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Rollouts between evaluations.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Rollouts between checkpoints.")] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="0: all weights; else LoRA of that rank.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Of torch.")] = None,
+    eval_problems: Annotated[
+        int | None, typer.Option(help=_help("eval_problems", "Held-out problems an evaluation."))
+    ] = None,
+    eval_samples: Annotated[
+        int | None, typer.Option(help=_help("eval_samples", "Samples a held-out problem (Avg@k)."))
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(help=_help("eval_every", "Rollouts between evaluations."))] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help=_help("checkpoint_every", "Rollouts between checkpoints."))
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help=_help("lora_rank", "0: all weights; else LoRA of that rank."))
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help=_help("seed", "Of everything random."))] = None,
+    threads: Annotated[int | None, typer.Option(help=_help("threads", "Of torch."))] = None,
     report_to: Annotated[
         list[str] | None, typer.Option(help="A tracker that TRL supports (tensorboard, wandb, ...). Repeatable.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file of settings; options here win over it.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A YAML file of settings; options here win over it. It alone takes "
+            + ", ".join(f"{name} ({_default(name)})" for name in ONLY_IN_A_FILE)
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The run's folder under --root; default: METHOD-NUMBER.")] = None,
     root: Annotated[Path, typer.Option(help="Where run folders stand.")] = Path("runs"),
     resume: Annotated[Path | None, typer.Option(help="Continue this run folder from its last checkpoint.")] = None,
@@ -102,8 +144,6 @@ def train(
         others = {"divergence": divergence, "config": config, "name": name}
         given = [*options, *(key for key, value in others.items() if value)]
         raise ValueError(f"--resume {resume}: expected no other settings (the run has its own), got {', '.join(given)}")
-    from cppo.lab.config import RunConfig, load_config
-
     # The settings are checked before the frameworks take their seconds to load.
     settings = load_config(config) if config else RunConfig()
     if divergence is not None:
