@@ -10,7 +10,7 @@ import torch
 from examples import CORRECTIONS, CPPOS, OTHERS, broken_batch, drifting_batch, label
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import WORKED, every_layout, packed, padded, takes_divergence, takes_entropy
+from layouts import every_layout, packed, padded, takes_divergence, takes_entropy
 
 import cppo
 
@@ -192,13 +192,3 @@ def test_fixed_examples_cover_every_verdict():
     assert (budgets == 0.04).any()
     assert ((budgets > 0.02) & (budgets < 0.04)).any()
     assert (decision.trace.threshold < 0).any()
-
-
-def test_a_given_divergence_replaces_the_binary_one():
-    responses = [dataclasses.replace(r, divergence=(0.01,) * len(r)) for r in WORKED]
-    batch = every_layout(responses)["padded right"]
-    positional, named = batch.arguments(cppo.CPPO(divergence="exact_tv"))
-    decision = cppo.decide(cppo.CPPO(divergence="binary_tv"), *positional, **named)
-    for divergence in batch.per_response(decision.trace.divergence):
-        assert divergence == [0.01] * len(divergence)
-    assert decision.gate.sum() == sum(len(r) for r in responses)

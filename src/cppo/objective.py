@@ -60,11 +60,12 @@ def decide(
         rollout_logp: log mu(y_t) as the sampler computed it, same shape.
         advantages: ``[B]``, one a row or packed segment, or token-shaped. Packed, ``[N, 1]`` is one a token whatever N
             is; ``[N]`` is too, unless N = B.
-        response_mask: token-shaped; bool, or numbers of which all but 0 count as True; None: every token.
+        response_mask: token-shaped; bool, or 0 and 1 (looked at on a CPU; elsewhere all but 0 counts as True, looking
+            would stall the device); None: every token.
         lengths: packed layout only: ``[B]`` integers that sum to N. Checked on the host for a list or a CPU tensor;
             on an accelerator a wrong sum is not seen (looking would stall it).
-        divergence: token-shaped D_t in [0, 1e15], for a method with a top-K or exact divergence; overrides those that
-            come from the log-probs. Finite values outside count as the nearer end.
+        divergence: token-shaped D_t in [0, 1e15], for a method with a top-K or exact divergence, and no other. Finite
+            values outside count as the nearer end.
         rollout_entropy: token-shaped, nats, >= 0: the rollout policy's entropy at each token, for a method that needs
             it (ESTR).
         proximal_logp: token-shaped log q(y_t): the trainer's own log-probs at the weights that sampled. With it the

@@ -146,7 +146,7 @@ def test_a_failing_run_is_noted_and_costs_the_others_nothing(finished, tmp_path)
     assert len(run.failed) == 1
     assert run.failed[0].startswith("default / none / seed 1: ValueError: ")
     assert ["Traceback" in error for error in folder.failed().values()] == [True]
-    document, _ = report(plan, folder, "final")
+    document, _ = report(plan, folder, None, "final")
     assert (document["missing"], document["failed"]) == (1, 1)
     assert document["settings"]["default"]["without"] == {"none": {"failed": 1, "missing": 0}}
     assert not any(folder.runs.iterdir())  # what the failed run left is gone
@@ -163,7 +163,7 @@ def test_a_policy_that_diverges_is_scored_and_not_left_out(finished, tmp_path):
     wild = [row for row in folder.rows() if row["arm"] == "wild"]
     assert [row["diverged"] for row in wild] == [True, True]
     assert all(row["rollout"] == [0, 1, 2] and row["accuracy"][1:] == [0.0, 0.0] for row in wild)
-    document, _ = report(plan, folder, "final")
+    document, _ = report(plan, folder, None, "final")
     arm = document["settings"]["default"]["arms"]["wild"]
     assert (arm["collapsed"], arm["diverged"]) == (2, 2)
 
@@ -289,7 +289,7 @@ def test_a_search_runs_in_two_steps(tmp_path):
     rows = folder.rows()
     assert sum(row["seed"] == 9 for row in rows) == 2 * 3
     assert all(rows.of(cell) for cell in plan.cells(chosen))
-    document, _ = report(plan, folder, "final")
+    document, _ = report(plan, folder, None, "final")
     assert set(document["settings"]["default"]["arms"]) == {"cppo", "grpo", "cppo (searched)", "grpo (searched)"}
     for path in (folder.summary, folder.tables, folder.report):
         assert path.stat().st_size > 1000
